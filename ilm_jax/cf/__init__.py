@@ -1,0 +1,1 @@
+"""Collaborative filtering: iALS vectors, the entity table, reference rankers."""

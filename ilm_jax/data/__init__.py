@@ -1,0 +1,1 @@
+"""Data: raw sources, prepared data sets, prompts, feature conversion, exact resume."""

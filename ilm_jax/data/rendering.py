@@ -1,0 +1,531 @@
+"""Rendering: an example of entity ids becomes a prompt and a target of token ids.
+
+Texts of entities and literals of templates are tokenised once, when a task is registered, into one
+bank of token rows; a prompt is then a list of row numbers, and a batch of prompts one gather. That
+is what makes the input pipeline fast: no tokenizer and no Python runs while training.
+
+A worked example, K = 2, slot token 9, with the template
+`{user} watched {history}. Next?; {target}` and one letter a token:
+
+    example   user 0 (entity 100), history [4, 7], target 5
+    inputs    u 0 9 9 _ w a t c h e d _ F 9 9 , _ H 9 9 . _ N e x t ?
+    entity_ids    100                      4         7
+    targets   _ T </s>
+
+where `F`, `H`, `T` are the texts of items 4, 7 and 5. There are K slots an entity, in order:
+slots == K * len(entity_ids), always. If `inputs` is too long, whole entities are dropped from the
+history, oldest first, each with its text and its slots.
+"""
+
+import dataclasses
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from ilm_jax.data.prepared import PreparedData
+from ilm_jax.data.prompts import Part, Slot, Template
+from ilm_jax.data.sources import Columns, ragged_range_gather
+from ilm_jax.errors import UsageError, did_you_mean
+
+HISTORY_SEPARATOR = ','
+FIRST_ITEM_ID = 1001  # OpenP5 numbers its random item ids from 1001
+FIRST_USER_ID = 1
+_PICK = tf.constant(1, tf.int64)  # tells the draw of a template from other uses of a seed
+
+
+@dataclasses.dataclass(frozen=True)
+class EntityText:
+  """How entities are written in prompts and targets: format strings.
+
+  Attributes:
+    item: of `{dataset}`, `{id}` (the dense id, from 1001), `{key}` (the source's id) and the
+      items' text fields, e.g. '{title}' or '{dataset} item_{id}'.
+    user: of `{dataset}`, `{id}` (from 1) and `{key}`.
+  """
+
+  item: str
+  user: str
+
+
+TITLE_FORM = EntityText(item='{title}', user='user {id}')
+ID_FORM = EntityText(item='{dataset} item_{id}', user='{dataset} user_{id}')
+
+
+def item_texts(prepared: PreparedData, form: str, dataset: str) -> list[str]:
+  """The text of every item in one form.
+
+  Raises:
+    UsageError: the form names a field that items do not have.
+  """
+  _check_form(form, {'dataset', 'id', 'key', *prepared.item_text})
+  columns = prepared.item_text
+  return [
+    form.format(
+      dataset=dataset,
+      id=FIRST_ITEM_ID + i,
+      key=prepared.item_keys[i],
+      **{field: values[i] for field, values in columns.items()},
+    )
+    for i in range(prepared.num_items)
+  ]
+
+
+def user_texts(prepared: PreparedData, form: str, dataset: str) -> list[str]:
+  """The text of every user in one form."""
+  _check_form(form, {'dataset', 'id', 'key'})
+  return [
+    form.format(dataset=dataset, id=FIRST_USER_ID + u, key=key)
+    for u, key in enumerate(prepared.user_keys)
+  ]
+
+
+def _check_form(form: str, allowed: set[str]) -> None:
+  names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
+  for name in names:
+    if name not in allowed:
+      raise UsageError(
+        f'entity text {form!r}: unknown field {{{name}}}; allowed are'
+        f' {", ".join(f"{{{n}}}" for n in sorted(allowed))}.{did_you_mean(name, allowed)}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+  """Rows of token ids: one flat array and offsets, so that ten million items fit."""
+
+  tokens: np.ndarray  # [total] int32
+  offsets: np.ndarray  # [rows + 1] int64
+
+  @classmethod
+  def encode(
+    cls, texts: Sequence[str], encode: Callable[[str], Sequence[int]], max_tokens: int
+  ) -> 'TokenRows':
+    rows = [np.asarray(encode(text)[:max_tokens], np.int32) for text in texts]
+    return cls.of(rows)
+
+  @classmethod
+  def of(cls, rows: Sequence[np.ndarray]) -> 'TokenRows':
+    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
+    return cls(np.concatenate([np.zeros(0, np.int32), *rows]), offsets)
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  @property
+  def longest(self) -> int:
+    return int(np.diff(self.offsets).max(initial=0))
+
+  def surround(self, before: np.ndarray, after: np.ndarray) -> 'TokenRows':
+    """Every row with the same tokens put before and after it."""
+    added = len(before) + len(after)
+    row = np.repeat(np.arange(len(self)), np.diff(self.offsets))
+    offsets = self.offsets + added * np.arange(len(self) + 1)
+    tokens = np.empty(offsets[-1], np.int32)
+    tokens[np.arange(len(self.tokens)) + added * row + len(before)] = self.tokens
+    for i, token in enumerate(before):
+      tokens[offsets[:-1] + i] = token
+    for i, token in enumerate(after):
+      tokens[offsets[1:] - len(after) + i] = token
+    return TokenRows(tokens, offsets)
+
+
+class _Bank:
+  """Collects tables of token rows into one table; remembers where each begins."""
+
+  def __init__(self):
+    self._tables: list[TokenRows] = []
+    self._bases: dict[Any, int] = {}
+    self._rows = 0
+
+  def add(self, key: Any, make: Callable[[], TokenRows]) -> int:
+    """Adds the table `key` if it is new; returns the number of its first row."""
+    if key not in self._bases:
+      table = make()
+      self._bases[key] = self._rows
+      self._tables.append(table)
+      self._rows += len(table)
+    return self._bases[key]
+
+  def table(self, key: Any) -> TokenRows:
+    return self._tables[list(self._bases).index(key)]
+
+  def merged(self) -> TokenRows:
+    lengths = np.concatenate([np.diff(t.offsets) for t in self._tables])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return TokenRows(np.concatenate([t.tokens for t in self._tables]), offsets)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Filler:
+  """A slot made ready: row `base + column` of the bank, K slots behind its text where it is soft.
+
+  The example's column is `user`, `item`, `target` or `rating`; `entity_base + column` is the
+  entity id of a soft slot.
+  """
+
+  column: str
+  base: int
+  longest: int
+  soft: bool
+  entity_base: int
+
+
+@dataclasses.dataclass
+class _Program:
+  """A compiled template side: rows before and after the history. Fillers are -(index + 1)."""
+
+  before: list[int] = dataclasses.field(default_factory=list)
+  after: list[int] = dataclasses.field(default_factory=list)
+  history_first: int = 0  # base of the rows of a history's oldest item
+  history_next: int = 0  # of the others, which begin with the separator
+  has_history: bool = False
+  history_is_soft: bool = False
+
+
+class Renderer:
+  """Renders batches of examples with a set of templates, one of which each example's seed picks.
+
+  Examples are columns of n rows, of which the templates' slots name the ones that are needed:
+  `user`, `item`, `target` [n] int32, `rating` [n] float32, `history` ragged int32; and always
+  `seed` [n, 2] int64.
+  """
+
+  def __init__(
+    self,
+    templates: Sequence[Template],
+    prepared: PreparedData,
+    vocabulary: Any,
+    *,
+    num_soft_tokens: int,
+    entity_text: EntityText,
+    dataset: str,
+    max_text_tokens: int = 64,
+    target_continues_prompt: bool = True,
+  ):
+    """Tokenises every literal of the templates and every text that they refer to.
+
+    Args:
+      templates: of one task; all of them are used, with equal probability.
+      prepared: the data set.
+      vocabulary: with `encode_segment`, `slot_id` and `eos_id` (ilm_jax.data.vocabularies).
+      num_soft_tokens: K, the slots of one entity; 0 renders text only.
+      entity_text: how entities are written.
+      dataset: display name of the domain.
+      max_text_tokens: longer texts of entities and fields are cut to this many tokens.
+      target_continues_prompt: whether prompt and target are one string for the LM (decoder-only),
+        so that the target starts with a space, or two (encoder-decoder), which both end with EOS.
+    """
+    self._templates = tuple(templates)
+    self._prepared = prepared
+    self._vocabulary = vocabulary
+    self._entity_text = entity_text
+    self._dataset = dataset
+    self._max_text_tokens = max_text_tokens
+    self._slots = np.full(num_soft_tokens, vocabulary.slot_id, np.int32)
+    self._separator = np.asarray(vocabulary.encode_segment(HISTORY_SEPARATOR), np.int32)
+    self._bank = _Bank()
+    self._fillers: list[_Filler] = []
+    self._rating_values = _distinct_ratings(prepared)
+    end = [self._literal_tokens(np.array([vocabulary.eos_id], np.int32))]
+    prompt_end = [] if target_continues_prompt else end
+    self._prompts = [self._compile(t, t.prompt, True, prompt_end) for t in templates]
+    self._targets = [
+      self._compile(
+        t, _with_space(t.target, target_continues_prompt), not target_continues_prompt, end
+      )
+      for t in templates
+    ]
+    rows = self._bank.merged()
+    # Constants made here, eagerly, are captured by the graphs of tf.data, not copied into them.
+    self._tokens = tf.constant(rows.tokens)
+    self._offsets = tf.constant(rows.offsets)
+    self._lengths = np.diff(rows.offsets)
+
+  def __call__(
+    self, examples: Columns, *, max_inputs: int | None = None, max_entities: int | None = None
+  ) -> dict[str, tf.RaggedTensor]:
+    """Renders n examples. TensorFlow ops only.
+
+    Args:
+      examples: columns, see the class.
+      max_inputs: longest `inputs` in tokens; None is unlimited.
+      max_entities: longest `entity_ids`; None is unlimited.
+
+    Returns:
+      `inputs`, `targets` (ending with EOS) and `entity_ids`: [n, None] int32 each.
+    """
+    seed = examples['seed']
+    here = tf.zeros_like(seed[:, 0])
+    # A permutation of the templates for each seed, of which we take the first.
+    pick = tf.raw_ops.RandomIndexShuffle(
+      index=here,
+      seed=tf.concat([seed, tf.fill([tf.shape(seed)[0], 1], _PICK)], axis=1),
+      max_index=here + len(self._templates) - 1,
+      rounds=4,
+    )
+    rows, entities = self._fillings(examples)
+    before, after = self._rows(self._prompts, 'before', 'after', pick, rows)
+    entities_before, entities_after = self._entity_ids(pick, entities)
+    history_rows, history_entities = self._history(
+      examples.get('history'),
+      pick,
+      None if max_inputs is None else max_inputs - self._total(before) - self._total(after),
+      None
+      if max_entities is None
+      else max_entities - entities_before.row_lengths() - entities_after.row_lengths(),
+    )
+    target, _ = self._rows(self._targets, 'before', 'after', pick, rows)
+    inputs = tf.concat([before, history_rows, after], axis=1)
+    entity_ids = tf.concat([entities_before, history_entities, entities_after], axis=1)
+    return {
+      'inputs': self._gather_tokens(inputs),
+      'targets': self._gather_tokens(target),
+      'entity_ids': tf.cast(entity_ids, tf.int32),
+    }
+
+  def check_lengths(self, lengths: Mapping[str, int]) -> None:
+    """Checks that every example fits once its whole history is dropped.
+
+    Args:
+      lengths: the longest allowed `inputs`, `targets` and `entity_ids`.
+
+    Raises:
+      UsageError: naming the template, the feature, its length and what it may need.
+    """
+    for template, prompt, target in zip(self._templates, self._prompts, self._targets):
+      soft = sum(self._fillers[-c - 1].soft for c in prompt.before + prompt.after if c < 0)
+      needed = {
+        'inputs': self._longest(prompt),
+        'targets': self._longest(target),
+        'entity_ids': soft,
+      }
+      for feature, tokens in needed.items():
+        if feature in lengths and tokens > lengths[feature]:
+          raise UsageError(
+            f'task {template.task!r}: {feature} of length {lengths[feature]} cannot hold every'
+            f' example: the longest has {tokens}, before any history. Raise'
+            f' task_feature_lengths[{feature!r}] to at least {tokens}, shorten the template, or'
+            f' lower max_text_tokens (now {self._max_text_tokens}).'
+          )
+
+  def _longest(self, program: _Program) -> int:
+    """Most tokens that a program can render to without any history."""
+    return sum(
+      int(self._lengths[code]) if code >= 0 else self._fillers[-code - 1].longest
+      for code in program.before + program.after
+    )
+
+  # ---- compiling a template into row numbers
+
+  def _compile(
+    self, template: Template, parts: Sequence[Part], first: bool, end: Sequence[int]
+  ) -> _Program:
+    program = _Program()
+    rows = program.before
+    for part in parts:
+      if isinstance(part, str):
+        rows.append(self._literal(part, first))
+      elif part.name == 'history':
+        if program.has_history:
+          raise UsageError(f'a template of task {template.task!r} has {{history}} twice.')
+        self._compile_history(program, part)
+        rows = program.after
+      else:
+        rows.append(-1 - self._filler(part, first))
+      first = False
+    rows.extend(end)
+    return program
+
+  def _literal(self, text: str, first: bool) -> int:
+    return self._literal_tokens(
+      np.asarray(self._vocabulary.encode_segment(text, first=first), np.int32)
+    )
+
+  def _literal_tokens(self, tokens: np.ndarray) -> int:
+    return self._bank.add(('literal', tokens.tobytes()), lambda: TokenRows.of([tokens]))
+
+  def _compile_history(self, program: _Program, slot: Slot) -> None:
+    # The space before an item belongs to it, wherever the history stands in the prompt.
+    text = self._texts('item', ' ', False) if slot.mode != 'soft' else None
+    empty = TokenRows(np.zeros(0, np.int32), np.zeros(self._prepared.num_items + 1, np.int64))
+    slots = self._slots if slot.mode != 'text' else self._slots[:0]
+    nothing = self._separator[:0]
+    for name, before in (('history_first', nothing), ('history_next', self._separator)):
+      base = self._bank.add(
+        (name, slot.mode), lambda before=before: (text or empty).surround(before, slots)
+      )
+      setattr(program, name, base)
+    program.has_history = True
+    program.history_is_soft = len(slots) > 0
+
+  def _filler(self, slot: Slot, first: bool) -> int:
+    column = slot.name.partition('.')[0]
+    prefix = ' ' if slot.spaced else ''
+    slots = self._slots if slot.mode != 'text' else self._slots[:0]
+    rows = self._prepared.num_users if column == 'user' else self._prepared.num_items
+    table = 'item' if slot.name == 'target' else slot.name
+
+    def make() -> TokenRows:
+      if slot.mode == 'soft':
+        return TokenRows(np.zeros(0, np.int32), np.zeros(rows + 1, np.int64)).surround(
+          slots[:0], slots
+        )
+      return self._texts(table, prefix, first).surround(slots[:0], slots)
+
+    key = (table, slot.mode, prefix, first)
+    base = self._bank.add(key, make)
+    filler = _Filler(
+      column=column,
+      base=base,
+      longest=self._bank.table(key).longest,
+      soft=len(slots) > 0,
+      entity_base=self._prepared.num_items if column == 'user' else 0,
+    )
+    if filler not in self._fillers:
+      self._fillers.append(filler)
+    return self._fillers.index(filler)
+
+  def _texts(self, table: str, prefix: str, first: bool) -> TokenRows:
+    prepared = self._prepared
+    if table == 'user':
+      texts = user_texts(prepared, self._entity_text.user, self._dataset)
+    elif table == 'item':
+      texts = item_texts(prepared, self._entity_text.item, self._dataset)
+    elif table == 'rating':
+      texts = [f'{rating:g}' for rating in self._rating_values]
+    else:
+      texts = prepared.item_text[table.removeprefix('item.')]
+    return TokenRows.encode(
+      [prefix + text for text in texts],
+      lambda text: self._vocabulary.encode_segment(text, first=first),
+      self._max_text_tokens,
+    )
+
+  # ---- rendering a batch
+
+  def _fillings(self, examples: Columns) -> tuple[tf.Tensor, tf.Tensor]:
+    """Bank rows and entity ids of every filler for every example: [n, fillers] int64 each."""
+    rows, entities = [], []
+    for filler in self._fillers:
+      column = examples[filler.column]
+      if filler.column == 'rating':
+        column = tf.searchsorted(tf.constant(self._rating_values), column)
+      column = tf.cast(column, tf.int64)
+      rows.append(column + filler.base)
+      entities.append(column + filler.entity_base)
+    if not rows:
+      nothing = tf.zeros([tf.shape(examples['seed'])[0], 0], tf.int64)
+      return nothing, nothing
+    return tf.stack(rows, axis=1), tf.stack(entities, axis=1)
+
+  def _rows(
+    self, programs: Sequence[_Program], *sides_pick_rows: Any
+  ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+    *sides, pick, rows = sides_pick_rows
+    before, after = (
+      _resolve(tf.ragged.constant([getattr(p, s) for p in programs], tf.int64, 1), pick, rows)
+      for s in sides
+    )
+    return before, after
+
+  def _entity_ids(
+    self, pick: tf.Tensor, entities: tf.Tensor
+  ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+    """The entities of a prompt before and after its history."""
+    before, after = (
+      _resolve(
+        tf.ragged.constant(
+          [
+            [c for c in getattr(p, side) if c < 0 and self._fillers[-c - 1].soft]
+            for p in self._prompts
+          ],
+          tf.int64,
+          1,
+        ),
+        pick,
+        entities,
+      )
+      for side in ('before', 'after')
+    )
+    return before, after
+
+  def _history(
+    self,
+    history: tf.RaggedTensor | None,
+    pick: tf.Tensor,
+    room: tf.Tensor | None,
+    entity_room: tf.Tensor | None,
+  ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
+    """Bank rows and entity ids of the newest items that fit, oldest first."""
+    if history is None:
+      nothing = tf.RaggedTensor.from_row_lengths(
+        tf.zeros([0], tf.int64), tf.zeros_like(pick), validate=False
+      )
+      return nothing, nothing
+    base_first, base_next, present, soft = (
+      tf.gather(tf.constant([getattr(p, field) for p in self._prompts], tf.int64), pick)
+      for field in ('history_first', 'history_next', 'has_history', 'history_is_soft')
+    )
+    count = history.row_lengths() * present
+    newest_first = tf.cast(
+      tf.reverse_sequence(history.to_tensor(), history.row_lengths(), seq_axis=1), tf.int64
+    )
+    place = tf.range(tf.shape(newest_first, tf.int64)[1])[tf.newaxis, :]
+    fits = place < count[:, tf.newaxis]
+    if room is not None:
+      # k items take the length of k rows that begin with the separator, less one separator.
+      needed = tf.cumsum(self._row_lengths(newest_first + base_next[:, tf.newaxis]), axis=1)
+      fits &= needed - len(self._separator) <= room[:, tf.newaxis]
+    if entity_room is not None:
+      fits &= (place < entity_room[:, tf.newaxis]) | (soft[:, tf.newaxis] == 0)
+    kept = tf.reduce_sum(tf.cast(fits, tf.int64), axis=1)
+    ends = history.row_limits()
+    items = tf.cast(ragged_range_gather(history.values, ends - kept, ends), tf.int64)
+    is_oldest = tf.ragged.range(kept).values == 0
+    example = items.value_rowids()
+    base = tf.where(is_oldest, tf.gather(base_first, example), tf.gather(base_next, example))
+    entities = tf.ragged.boolean_mask(
+      items, items.with_values(tf.gather(soft, example) > 0)
+    )
+    return items.with_values(items.values + base), entities
+
+  def _row_lengths(self, rows: tf.Tensor) -> tf.Tensor:
+    return tf.gather(self._offsets, rows + 1) - tf.gather(self._offsets, rows)
+
+  def _total(self, rows: tf.RaggedTensor) -> tf.Tensor:
+    return tf.reduce_sum(rows.with_values(self._row_lengths(rows.values)), axis=1)
+
+  def _gather_tokens(self, rows: tf.RaggedTensor) -> tf.RaggedTensor:
+    starts = tf.gather(self._offsets, rows.values)
+    ends = tf.gather(self._offsets, rows.values + 1)
+    pieces = ragged_range_gather(self._tokens, starts, ends)
+    return rows.with_values(pieces).merge_dims(1, 2)
+
+
+def _resolve(codes: tf.RaggedTensor, pick: tf.Tensor, fillings: tf.Tensor) -> tf.RaggedTensor:
+  """The codes of each example's template, with fillers replaced by the example's own numbers."""
+  chosen = tf.gather(codes, pick)
+  if not fillings.shape[1]:
+    return chosen
+  flat = chosen.values
+  filled = tf.gather_nd(
+    fillings, tf.stack([chosen.value_rowids(), tf.maximum(-flat - 1, 0)], axis=1)
+  )
+  return chosen.with_values(tf.where(flat < 0, filled, flat))
+
+
+def _distinct_ratings(prepared: PreparedData) -> np.ndarray:
+  columns = (prepared.ratings, prepared.validation_ratings, prepared.test_ratings)
+  found = [c[np.isfinite(c)] for c in columns if c is not None]
+  return np.unique(np.concatenate(found)) if found else np.zeros(0, np.float32)
+
+
+def _with_space(parts: tuple[Part, ...], spaced: bool) -> tuple[Part, ...]:
+  if not spaced:
+    return parts
+  head = parts[0]
+  head = ' ' + head if isinstance(head, str) else dataclasses.replace(head, spaced=True)
+  return (head, *parts[1:])

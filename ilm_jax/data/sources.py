@@ -1,0 +1,271 @@
+"""SeqIO data sources over a prepared data set: random access to examples by index.
+
+An example is a few integers; a split is a numbered list of examples, none of which is stored.
+Random access is what makes resuming exact and cheap: example i of a split is a pure function of i.
+
+Examples have some of the columns `user`, `item`, `target` ([n] int32), `rating` ([n] float32) and
+`history` (ragged int32), which `ilm_jax.data.rendering` reads, or `entity_ids` and `targets`; and
+always `seed` ([n, 2] int64), from which preprocessors take whatever randomness they need.
+
+All of it is TensorFlow ops on whole batches: no Python runs per example or per batch.
+(tf.numpy_function would also deadlock: a tf.data iterator that is dropped holds the interpreter's
+lock while it waits for calls that need it.)
+"""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from ilm_jax.data.prepared import PreparedData
+from ilm_jax.errors import UsageError
+
+_BATCH = 256  # examples looked up at once
+
+Columns = Mapping[str, Any]  # name -> tf.Tensor [n, ...] or tf.RaggedTensor [n, None]
+
+
+class IndexedSource(seqio.DataSource, abc.ABC):
+  """A data source whose examples can be looked up by index, in any order."""
+
+  def __init__(self, num_examples: Mapping[str, int]):
+    super().__init__(
+      splits=tuple(num_examples),
+      num_input_examples=dict(num_examples),
+      performs_internal_shuffling=True,
+    )
+
+  @abc.abstractmethod
+  def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
+    """Returns the examples of `split` at `indices` [n] int64, without `seed`.
+
+    It is traced into a tf.data graph: TensorFlow ops only.
+    """
+
+  @property
+  def columns(self) -> Mapping[str, tf.TypeSpec]:
+    """Name and type of the columns of a batch."""
+    split = self.splits[0]
+    traced = tf.data.Dataset.from_tensors(tf.zeros([0], tf.int64)).map(
+      lambda i: self.examples_at(split, i)
+    )
+    return traced.element_spec
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [split]
+
+  def get_dataset(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    *,
+    sequence_length: Mapping[str, int] | None = None,
+    use_cached: bool = False,
+    num_epochs: int | None = 1,
+  ) -> tf.data.Dataset:
+    """All examples of a split once, as SeqIO asks for them. Training reads by `reader` instead."""
+    del sequence_length, use_cached, num_epochs
+    count = self.num_input_examples(split) or 0
+    indices = tf.data.Dataset.range(count)
+    if shard_info is not None:
+      indices = indices.shard(shard_info.num_shards, shard_info.index)
+    batches = indices.batch(_BATCH)
+    if shuffle and count:
+      # One permutation of the whole split, not of a buffer.
+      pair = tf.constant(_shuffle_seed(seed), tf.int64)
+      last = tf.constant(count - 1, tf.int64)
+      batches = batches.map(lambda i: tf.random.experimental.index_shuffle(i, pair, last))
+    return self.lookup(
+      split, batches.map(lambda i: {'index': i, 'seed': tf.stack([tf.zeros_like(i), i], axis=1)})
+    )
+
+  def lookup(self, split: str, batches: tf.data.Dataset) -> tf.data.Dataset:
+    """Looks up batches of {index [n], seed [n, 2]} (int64) and yields single examples, in order."""
+    return map_batches(
+      batches, lambda batch: {**self.examples_at(split, batch['index']), 'seed': batch['seed']}
+    )
+
+
+def _shuffle_seed(seed: int | None) -> tuple[int, int]:
+  if seed is None:
+    seed = int(np.random.default_rng().integers(2**31))
+  return seed, 0
+
+
+def map_batches(
+  batches: tf.data.Dataset, function: Callable[[dict[str, Any]], Columns]
+) -> tf.data.Dataset:
+  """Maps batches of columns and yields single examples, in order; ragged columns become 1-D.
+
+  Rows go through `unbatch` as rectangles, each cut to its length afterwards: ten times cheaper
+  than unbatching a RaggedTensor.
+  """
+  ragged: set[str] = set()
+
+  def to_rectangles(batch: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for name, column in function(batch).items():
+      if isinstance(column, tf.RaggedTensor):
+        ragged.add(name)
+        # One column more: unbatching a rectangle of width 0 crashes TensorFlow.
+        flat[name] = tf.pad(column.to_tensor(), [[0, 0], [0, 1]])
+        flat[f'{name}/length'] = column.row_lengths()
+      else:
+        flat[name] = column
+    return flat
+
+  def cut(example: dict[str, Any]) -> dict[str, Any]:
+    return {
+      name: value[: example[f'{name}/length']] if name in ragged else value
+      for name, value in example.items()
+      if not name.endswith('/length')
+    }
+
+  rectangles = batches.map(to_rectangles, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+  examples = rectangles.unbatch()
+  return examples.map(cut) if ragged else examples
+
+
+def ragged_range_gather(values: tf.Tensor, starts: tf.Tensor, ends: tf.Tensor) -> tf.RaggedTensor:
+  """Rows values[starts[i] : ends[i]] of a flat tensor."""
+  return tf.ragged.map_flat_values(tf.gather, values, tf.ragged.range(starts, ends))
+
+
+class InteractionSource(IndexedSource):
+  """One example a (user, item) row, with the rows before it as history.
+
+  Splits: `train`, every training row that has at least `min_history` rows before it; `validation`
+  and `test`, the users' held-out rows. Columns are only what a prompt may show or a target may ask
+  for: `user`, `history` (where history_length > 0) and
+    predict='item':   `target`, the row's item;
+    predict='rating': `item` and its `rating`.
+  """
+
+  def __init__(
+    self,
+    prepared: PreparedData,
+    *,
+    predict: str = 'item',
+    history_length: int = 20,
+    min_history: int = 0,
+  ):
+    if predict not in ('item', 'rating'):
+      raise ValueError(f"predict={predict!r}: 'item' or 'rating'.")
+    if predict == 'rating' and prepared.ratings is None:
+      raise UsageError(f'{prepared.name} has no ratings to predict.')
+    self._predict = predict
+    self._history_length = history_length
+    # All rows of a user in one run (train, validation, test), so that every split is the same
+    # arithmetic on a row number.
+    rows = _RowTable(prepared)
+    self._items = tf.constant(rows.items)
+    self._ratings = None if rows.ratings is None else tf.constant(rows.ratings)
+    self._first_row = tf.constant(rows.offsets[:-1])
+    train = np.diff(prepared.offsets)
+    counts = np.maximum(train - min_history, 0)
+    self._train_ends = tf.constant(np.cumsum(counts))
+    # Example i of user u is row i + shift[u].
+    self._train_shift = tf.constant(rows.offsets[:-1] + min_history - (np.cumsum(counts) - counts))
+    num_examples = {'train': int(counts.sum())}
+    self._held_out: dict[str, tuple[tf.Tensor, tf.Tensor]] = {}
+    for distance, split in ((2, 'validation'), (1, 'test')):
+      users = np.flatnonzero(getattr(prepared, f'{split}_items') >= 0)
+      self._held_out[split] = tf.constant(users), tf.constant(rows.offsets[users + 1] - distance)
+      num_examples[split] = len(users)
+    super().__init__(num_examples)
+
+  def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
+    if split == 'train':
+      users = tf.searchsorted(self._train_ends, indices, side='right', out_type=tf.int64)
+      rows = indices + tf.gather(self._train_shift, users)
+    else:
+      users, rows = (tf.gather(column, indices) for column in self._held_out[split])
+    items = tf.gather(self._items, rows)
+    columns: dict[str, Any] = {'user': tf.cast(users, tf.int32)}
+    if self._history_length:
+      starts = tf.maximum(tf.gather(self._first_row, users), rows - self._history_length)
+      columns['history'] = ragged_range_gather(self._items, starts, rows)
+    if self._predict == 'item':
+      columns['target'] = items
+    else:
+      columns['item'] = items
+      columns['rating'] = tf.gather(self._ratings, rows)
+    return columns
+
+
+class _RowTable:
+  """All rows user by user in time order: training rows, then the validation and the test row."""
+
+  def __init__(self, prepared: PreparedData):
+    train = np.diff(prepared.offsets)
+    held = (prepared.validation_items >= 0).astype(np.int64) + (prepared.test_items >= 0)
+    self.offsets = np.concatenate([[0], np.cumsum(train + held)]).astype(np.int64)
+    is_train = np.ones(self.offsets[-1], bool)
+    for distance, split in ((2, 'validation'), (1, 'test')):
+      users = np.flatnonzero(getattr(prepared, f'{split}_items') >= 0)
+      is_train[self.offsets[users + 1] - distance] = False
+    self._is_train = is_train
+    self._prepared = prepared
+    self.items = self._merge('items')
+    self.ratings = None if prepared.ratings is None else self._merge('ratings')
+
+  def _merge(self, column: str) -> np.ndarray:
+    p = self._prepared
+    train = getattr(p, column)
+    merged = np.empty(len(self._is_train), train.dtype)
+    merged[self._is_train] = train
+    for distance, split in ((2, 'validation'), (1, 'test')):
+      users = np.flatnonzero(getattr(p, f'{split}_items') >= 0)
+      merged[self.offsets[users + 1] - distance] = getattr(p, f'{split}_{column}')[users]
+    return merged
+
+
+class ItemSource(IndexedSource):
+  """One example an item: `train` has the items whose text phase 1 may see, `validation` the rest."""
+
+  def __init__(self, prepared: PreparedData):
+    self._items = {
+      'train': tf.constant(np.flatnonzero(~prepared.heldout_items), tf.int32),
+      'validation': tf.constant(np.flatnonzero(prepared.heldout_items), tf.int32),
+    }
+    super().__init__({split: len(items) for split, items in self._items.items()})
+
+  def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
+    return {'item': tf.gather(self._items[split], indices)}
+
+
+class PairSource(IndexedSource):
+  """Positive pairs for phase 1's contrastive losses: `entity_ids` = [left, right, user].
+
+  `item_item` (II): left and right are consecutive in one user's training history. `user_item`
+  (UI): left is the user, right an item of the user's training history. The third entity is the
+  user whose history the pair comes from: in-batch negatives of the same user are no negatives.
+  In `validation` and `test` the right side is the held-out item; II takes the item before it.
+  """
+
+  def __init__(self, prepared: PreparedData, kind: str):
+    if kind not in ('item_item', 'user_item'):
+      raise ValueError(f"kind={kind!r}: 'item_item' or 'user_item'.")
+    self._num_items = prepared.num_items
+    self._kind = kind
+    skip = 1 if kind == 'item_item' else 0
+    self._rows = InteractionSource(prepared, history_length=skip, min_history=skip)
+    super().__init__({split: self._rows.num_input_examples(split) or 0 for split in self._rows.splits})
+
+  def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
+    rows = self._rows.examples_at(split, indices)
+    users = rows['user'] + self._num_items
+    # min_history = 1 for II, so every history is exactly one item: its flat values are a column.
+    left = users if self._kind == 'user_item' else rows['history'].values
+    pairs = tf.stack([left, rows['target'], users], axis=1)
+    no_text = tf.RaggedTensor.from_row_lengths(tf.zeros([0], tf.int32), tf.zeros_like(indices))
+    return {'entity_ids': tf.ensure_shape(pairs, [None, 3]), 'targets': no_text}

@@ -1,0 +1,289 @@
+"""The standard SeqIO tasks and mixtures of a prepared data set.
+
+Phase 1, `register_item_language_tasks`: tasks `<name>_item_text`, `<name>_item_item` and
+`<name>_user_item`; mixtures `<name>_it`, `<name>_it_ii` and `<name>_it_ui`.
+
+Phase 2, `register_recommendation_tasks`: for the forms `title` and `id`, tasks
+`<name>_sequential_seen_<form>`, `..._sequential_unseen_...`, `..._straightforward_seen_...`,
+`..._straightforward_unseen_...`, `..._rating_seen_...`, `..._item_description_seen_...` and so on;
+mixtures `<name>_openp5_<form>` (sequential and straightforward) and `<name>_multitask_<form>` (all).
+
+A domain adds a task of its own with `add_prompt_task` (docs/add_a_domain.md). Registering twice is
+harmless: the same settings change nothing, other settings replace the task.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from ilm_jax.data import prompts
+from ilm_jax.data.prepared import PreparedData
+from ilm_jax.data.rendering import ID_FORM, TITLE_FORM, EntityText, Renderer, TokenRows, item_texts
+from ilm_jax.data.sources import (
+  IndexedSource,
+  InteractionSource,
+  ItemSource,
+  PairSource,
+  map_batches,
+  ragged_range_gather,
+)
+from ilm_jax.errors import UsageError
+
+TEMPLATES = Path(__file__).parent / 'templates.txt'
+FORMS: Mapping[str, EntityText] = {'title': TITLE_FORM, 'id': ID_FORM}
+_RENDER_BATCH = 64
+
+
+def register_item_language_tasks(
+  prepared: PreparedData,
+  vocabulary: Any,
+  *,
+  item_text: str = '{title}',
+  max_text_tokens: int = 64,
+) -> list[str]:
+  """Registers phase 1's tasks and mixtures; returns the names of the mixtures.
+
+  Features: `entity_ids` ([item], or [left, right, user] of a pair) and `targets` (the item's text
+  as tokens, without special tokens; empty for pairs).
+
+  Args:
+    prepared: the data set.
+    vocabulary: of the item encoder's text branch (ilm_jax.data.vocabularies).
+    item_text: the text of an item, of `{title}` and the other text fields.
+    max_text_tokens: longer texts are cut to this many tokens.
+  """
+  rows = TokenRows.encode(
+    item_texts(prepared, item_text, prepared.name),
+    lambda text: vocabulary.encode_segment(text, first=True),
+    max_text_tokens,
+  )
+  tokens, offsets = tf.constant(rows.tokens), tf.constant(rows.offsets)
+
+  def look_up_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def columns(batch: dict[str, Any]) -> dict[str, Any]:
+      item = batch['item']
+      texts = ragged_range_gather(tokens, tf.gather(offsets, item), tf.gather(offsets, item + 1))
+      return {'entity_ids': item[:, tf.newaxis], 'targets': texts}
+
+    return map_batches(dataset.batch(_RENDER_BATCH), columns)
+
+  features = {
+    'targets': seqio.Feature(vocabulary, add_eos=False),
+    'entity_ids': _entity_feature(prepared),
+  }
+  name = prepared.name
+  settings = (prepared.fingerprint, vocabulary, item_text, max_text_tokens)
+  _add_task(f'{name}_item_text', ItemSource(prepared), [look_up_text], features, settings)
+  for kind in ('item_item', 'user_item'):
+    _add_task(f'{name}_{kind}', PairSource(prepared, kind), [], features, settings)
+  mixtures = {'it': [], 'it_ii': ['item_item'], 'it_ui': ['user_item']}
+  for mixture, pairs in mixtures.items():
+    # Item-text and pair batches alternate, so pairs count as much as texts.
+    _add_mixture(f'{name}_{mixture}', [(f'{name}_{task}', 1.0) for task in ['item_text', *pairs]])
+  return [f'{name}_{mixture}' for mixture in mixtures]
+
+
+def register_recommendation_tasks(
+  prepared: PreparedData,
+  vocabulary: Any,
+  *,
+  num_soft_tokens: int,
+  dataset: str | None = None,
+  templates: str | Path = TEMPLATES,
+  history_length: int = 20,
+  max_text_tokens: int = 64,
+  encoder_decoder: bool = False,
+) -> list[str]:
+  """Registers phase 2's tasks and mixtures; returns the names of the mixtures.
+
+  Features: `inputs`, `targets` (ending with EOS) and `entity_ids`; see `ilm_jax.data.rendering`.
+
+  Args:
+    prepared: the data set.
+    vocabulary: the LM's (ilm_jax.data.vocabularies).
+    num_soft_tokens: K, soft tokens an entity; 0 for text only.
+    dataset: display name in prompts and ids, e.g. 'ML100K'; by default the name in capitals.
+    templates: a template file, ours or OpenP5's `prompt.txt`; only the tasks that it has
+      templates for are registered.
+    history_length: most items of a history, the newest ones.
+    max_text_tokens: longer texts of entities are cut to this many tokens.
+    encoder_decoder: whether the LM is an encoder-decoder.
+
+  Raises:
+    UsageError: a template asks for what the data set or the task does not have.
+  """
+  dataset = dataset or prepared.name.upper()
+  parsed = prompts.read_templates(templates, dataset=dataset, fields=prepared.item_text)
+  rows = functools.partial(InteractionSource, prepared)
+  makers: dict[str, Callable[[], IndexedSource]] = {
+    'sequential': lambda: rows(history_length=history_length, min_history=1),
+    'straightforward': lambda: rows(history_length=0),
+    'item_description': lambda: ItemSource(prepared),
+  }
+  if prepared.ratings is not None:
+    makers['rating'] = lambda: rows(predict='rating', history_length=history_length, min_history=1)
+  present = {(t.task, t.group) for t in parsed}
+  sources = {task: make() for task, make in makers.items() if any(task == t for t, _ in present)}
+  mixtures = []
+  for form, entity_text in FORMS.items():
+    for task, group in sorted(present):
+      if task in sources:
+        add_prompt_task(
+          f'{prepared.name}_{task}_{group}_{form}',
+          prepared,
+          sources[task],
+          prompts.select(parsed, task, group),
+          vocabulary,
+          num_soft_tokens=num_soft_tokens,
+          entity_text=entity_text,
+          dataset=dataset,
+          max_text_tokens=max_text_tokens,
+          encoder_decoder=encoder_decoder,
+        )
+    members = {
+      'openp5': ['sequential', 'straightforward'],
+      'multitask': list(makers),
+    }
+    for mixture, tasks in members.items():
+      trained = [t for t in tasks if (t, prompts.SEEN) in present]
+      if trained:
+        name = f'{prepared.name}_{mixture}_{form}'
+        # In proportion to the number of training examples, as one shuffled pool would have it.
+        _add_mixture(
+          name,
+          [
+            (f'{prepared.name}_{task}_{prompts.SEEN}_{form}', float(_train_size(sources[task])))
+            for task in trained
+          ],
+        )
+        mixtures.append(name)
+  return mixtures
+
+
+def add_prompt_task(
+  name: str,
+  prepared: PreparedData,
+  source: IndexedSource,
+  templates: Sequence[prompts.Template],
+  vocabulary: Any,
+  *,
+  num_soft_tokens: int,
+  entity_text: EntityText = TITLE_FORM,
+  dataset: str | None = None,
+  max_text_tokens: int = 64,
+  encoder_decoder: bool = False,
+) -> None:
+  """Registers one SeqIO task that renders examples of `source` with `templates`.
+
+  Args:
+    name: the task's name.
+    prepared: the data set.
+    source: gives the columns that the templates' slots name.
+    templates: one of them is drawn for each example.
+    vocabulary: the LM's.
+    num_soft_tokens: K, soft tokens an entity.
+    entity_text: how entities are written.
+    dataset: display name in entity texts; by default the data set's name in capitals.
+    max_text_tokens: longer texts of entities are cut to this many tokens.
+    encoder_decoder: whether the LM is an encoder-decoder.
+
+  Raises:
+    UsageError: a slot that the source has no column for.
+  """
+  columns = set(source.columns)
+  for template in templates:
+    for slot in template.slots():
+      column = slot.name.partition('.')[0]
+      if column not in columns:
+        raise UsageError(
+          f'task {name}: a template has the slot {{{slot.name}}}, but its examples have only'
+          f' {sorted(columns)}. (What the task is to predict cannot be shown in the prompt.)'
+        )
+  dataset = dataset or prepared.name.upper()
+  renderer = Renderer(
+    templates,
+    prepared,
+    vocabulary,
+    num_soft_tokens=num_soft_tokens,
+    entity_text=entity_text,
+    dataset=dataset,
+    max_text_tokens=max_text_tokens,
+    target_continues_prompt=not encoder_decoder,
+  )
+  features = {
+    'inputs': seqio.Feature(vocabulary, add_eos=encoder_decoder),
+    'targets': seqio.Feature(vocabulary, add_eos=True),
+    'entity_ids': _entity_feature(prepared),
+  }
+  settings = (
+    prepared.fingerprint,
+    vocabulary,
+    num_soft_tokens,
+    entity_text,
+    dataset,
+    max_text_tokens,
+    encoder_decoder,
+    tuple(templates),
+    type(source),
+    source.num_input_examples('train'),
+  )
+  # Cached is the example before rendering: rendering depends on lengths known at run time only.
+  preprocessors = [seqio.CacheDatasetPlaceholder(), functools.partial(render, renderer=renderer)]
+  _add_task(name, source, preprocessors, features, settings)
+
+
+def render(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int] | None = None,
+  *,
+  renderer: Renderer,
+) -> tf.data.Dataset:
+  """SeqIO preprocessor: examples of entity ids -> `inputs`, `targets`, `entity_ids`.
+
+  The scalar columns (user, item, target, rating) are kept beside them for evaluation.
+  """
+  lengths = dict(sequence_length or {})
+  renderer.check_lengths(lengths)
+  scalars = [name for name, spec in dataset.element_spec.items() if spec.shape.rank == 0]
+
+  def columns(batch: dict[str, Any]) -> dict[str, Any]:
+    rendered = renderer(
+      batch, max_inputs=lengths.get('inputs'), max_entities=lengths.get('entity_ids')
+    )
+    return {**{name: batch[name] for name in scalars}, **rendered}
+
+  return map_batches(dataset.ragged_batch(_RENDER_BATCH), columns)
+
+
+# ---- the registry
+
+_registered: dict[str, tuple[Any, ...]] = {}
+
+
+def _add_task(name, source, preprocessors, features, settings) -> None:
+  if name in seqio.TaskRegistry.names():
+    if _registered.get(name) == settings:
+      return
+    seqio.TaskRegistry.remove(name)
+  seqio.TaskRegistry.add(
+    name, source=source, preprocessors=preprocessors, output_features=features, metric_fns=[]
+  )
+  _registered[name] = settings
+
+
+def _add_mixture(name: str, tasks: list[tuple[str, float]]) -> None:
+  if name in seqio.MixtureRegistry.names():
+    seqio.MixtureRegistry.remove(name)  # its tasks may have been replaced
+  seqio.MixtureRegistry.add(name, tasks)
+
+
+def _entity_feature(prepared: PreparedData) -> seqio.Feature:
+  return seqio.Feature(seqio.PassThroughVocabulary(prepared.num_entities), add_eos=False)
+
+
+def _train_size(source: IndexedSource) -> int:
+  return source.num_input_examples('train') or 0

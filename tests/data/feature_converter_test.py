@@ -1,0 +1,477 @@
+"""The converters against SeqIO's own, against their documentation, and inside SeqIO."""
+
+import ast
+import collections
+import doctest
+import re
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ilm_jax.data import feature_converter, packing
+from ilm_jax.data.feature_converter import (
+  EntityTextFeatureConverter,
+  ItemEncDecFeatureConverter,
+  ItemLMFeatureConverter,
+  ItemPrefixLMFeatureConverter,
+)
+from ilm_jax.data.vocabularies import ByteVocabulary
+from ilm_jax.errors import UsageError
+
+SLOT, K, BOS, EOS = 9, 2, 2, 1
+CONVERTERS = (ItemLMFeatureConverter, ItemPrefixLMFeatureConverter, ItemEncDecFeatureConverter)
+
+
+def converter(cls, **options):
+  return cls(**{'slot_id': SLOT, 'num_soft_tokens': K, 'bos_id': BOS, **options})
+
+
+def dataset(examples):
+  features = list(examples[0])
+  spec = {name: tf.TensorSpec([None], tf.int32) for name in features}
+  return tf.data.Dataset.from_generator(
+    lambda: ({k: np.array(v, np.int32) for k, v in example.items()} for example in examples),
+    output_signature=spec,
+  )
+
+
+def convert(converter, examples, lengths):
+  return list(converter(dataset(examples), lengths).as_numpy_iterator())
+
+
+def random_examples(seed, count, entities=3):
+  """Prompts of tokens 10.. and slots at random places, 0 to 3 entities, targets with EOS."""
+  rng = np.random.default_rng(seed)
+  examples = []
+  for _ in range(count):
+    entity_ids = rng.integers(0, 100, rng.integers(0, entities + 1))
+    inputs = rng.integers(10, 50, rng.integers(1, 12))
+    inputs = rng.permutation(np.append(inputs, [SLOT] * (K * len(entity_ids))))
+    targets = np.append(rng.integers(10, 50, rng.integers(0, 5)), EOS)
+    examples.append({'inputs': inputs, 'targets': targets, 'entity_ids': entity_ids})
+  return examples
+
+
+LENGTHS = {'inputs': 18, 'targets': 6, 'entity_ids': 4}
+PACKED_LENGTHS = {'inputs': 50, 'targets': 20, 'entity_ids': 8}
+
+
+def segments(row, prefix, names):
+  """Returns the examples of a packed row as tuples of tuples, without padding."""
+  ids = row[f'{prefix}_segment_ids']
+  return [
+    tuple(tuple(row[name][ids == segment].tolist()) for name in names)
+    for segment in range(1, ids.max() + 1)
+  ]
+
+
+# ---- the documentation
+
+
+def examples_of_documentation(cls):
+  """Yields (ds, task_feature_lengths, converted_ds) as the docstring spells them out."""
+  text = cls.__doc__
+  state = {}
+  for match in re.finditer(r'\b(ds|task_feature_lengths|converted_ds) = (?=[\[{])', text):
+    end = next(
+      end
+      for end in range(match.end() + 1, len(text) + 1)
+      if text[match.end() : end].count('[') == text[match.end() : end].count(']')
+      and text[match.end() : end].count('{') == text[match.end() : end].count('}')
+    )
+    state[match.group(1)] = ast.literal_eval(text[match.end() : end].strip())
+    if match.group(1) == 'converted_ds':
+      yield dict(state)
+
+
+@pytest.mark.parametrize('cls', [*CONVERTERS, EntityTextFeatureConverter])
+def test_token_examples_of_the_documentation(cls):
+  cases = list(examples_of_documentation(cls))
+  assert len(cases) == (2 if cls is ItemLMFeatureConverter else 1)
+  for case in cases:
+    if cls is EntityTextFeatureConverter:
+      instance = cls()
+    else:
+      pack = 'decoder_segment_ids' in case['converted_ds'][0]
+      bos_id = 0 if cls is ItemEncDecFeatureConverter else BOS
+      instance = converter(cls, bos_id=bos_id, pack=pack)
+    converted = convert(instance, case['ds'], case['task_feature_lengths'])
+    assert [{k: v.tolist() for k, v in row.items()} for row in converted] == case['converted_ds']
+    assert all(value.dtype == np.int32 for row in converted for value in row.values())
+
+
+def test_doctests():
+  failures, attempted = doctest.testmod(packing)
+  assert attempted
+  assert not failures
+
+
+# ---- SeqIO's converters as the oracle
+
+
+def seqio_converted(cls, examples, lengths, pack, **options):
+  examples = [{k: v for k, v in example.items() if k in cls.TASK_FEATURES} for example in examples]
+  lengths = {k: v for k, v in lengths.items() if k in cls.TASK_FEATURES}
+  return convert(cls(pack=pack, bos_id=BOS, **options), examples, lengths)
+
+
+@pytest.mark.parametrize(
+  ('cls', 'oracle'),
+  [
+    (ItemPrefixLMFeatureConverter, seqio.PrefixLMFeatureConverter),
+    (ItemEncDecFeatureConverter, seqio.EncDecFeatureConverter),
+  ],
+)
+def test_unpacked_equals_seqio(cls, oracle):
+  examples = random_examples(seed=0, count=300)  # more than one window
+  ours = convert(converter(cls), examples, LENGTHS)
+  theirs = seqio_converted(oracle, examples, LENGTHS, pack=False)
+  assert len(ours) == len(theirs) == len(examples)
+  for row, expected, example in zip(ours, theirs, examples):
+    # SeqIO shifts the whole row, so that EOS is repeated behind the last token.
+    expected['decoder_input_tokens'] *= expected['decoder_target_tokens'] != 0
+    for name, value in expected.items():
+      np.testing.assert_array_equal(row[name], value, err_msg=name)
+    entities = len(example['entity_ids'])
+    np.testing.assert_array_equal(row['entity_ids'][:entities], example['entity_ids'])
+    assert (row['entity_ids'][entities:] == -1).all()
+    assert row.keys() == {*expected, 'entity_ids'}
+
+
+def test_causal_equals_prefix_lm_without_its_mask():
+  examples = random_examples(seed=1, count=50)
+  causal = convert(converter(ItemLMFeatureConverter, pack=True), examples, PACKED_LENGTHS)
+  prefix = convert(converter(ItemPrefixLMFeatureConverter, pack=True), examples, PACKED_LENGTHS)
+  for row, expected in zip(causal, prefix, strict=True):
+    del expected['decoder_causal_attention']
+    assert row.keys() == expected.keys()
+    for name, value in expected.items():
+      np.testing.assert_array_equal(row[name], value)
+
+
+def test_text_without_a_prompt_equals_seqio_lm():
+  examples = [{**example, 'inputs': [], 'entity_ids': []} for example in random_examples(2, 50)]
+  ours = convert(converter(ItemLMFeatureConverter, num_soft_tokens=0), examples, LENGTHS)
+  lengths = {'targets': LENGTHS['inputs'] + LENGTHS['targets']}
+  theirs = seqio_converted(seqio.LMFeatureConverter, examples, lengths, pack=False)
+  for row, expected in zip(ours, theirs, strict=True):
+    expected['decoder_input_tokens'] *= expected['decoder_target_tokens'] != 0
+    for name, value in expected.items():
+      np.testing.assert_array_equal(row[name], value)
+
+
+def test_empty_targets_read_the_whole_prompt_as_seqio():
+  examples = [{'inputs': [7, 9, 9, 5], 'targets': [], 'entity_ids': [3]}]
+  (row,) = convert(converter(ItemPrefixLMFeatureConverter), examples, LENGTHS)
+  (expected,) = seqio_converted(seqio.PrefixLMFeatureConverter, examples, LENGTHS, pack=False)
+  for name, value in expected.items():
+    np.testing.assert_array_equal(row[name], value)
+  assert row['decoder_input_tokens'][:6].tolist() == [BOS, 7, 9, 9, 5, 0]
+  assert not row['decoder_loss_weights'].any()
+
+
+def test_packed_decoder_segments_equal_seqio():
+  examples = random_examples(seed=3, count=300)
+  names = [
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'decoder_loss_weights',
+    'decoder_causal_attention',
+    'decoder_positions',
+  ]
+  counts = [
+    collections.Counter(s for row in rows for s in segments(row, 'decoder', names))
+    for rows in (
+      convert(converter(ItemPrefixLMFeatureConverter, pack=True), examples, PACKED_LENGTHS),
+      seqio_converted(seqio.PrefixLMFeatureConverter, examples, PACKED_LENGTHS, pack=True),
+    )
+  ]
+  assert counts[0] == counts[1]
+  assert sum(counts[0].values()) == len(examples)
+
+
+def test_packed_encoder_decoder_segments_equal_seqio():
+  examples = random_examples(seed=4, count=300)
+  encoder = ['encoder_input_tokens', 'encoder_positions']
+  decoder = [
+    'decoder_input_tokens',
+    'decoder_target_tokens',
+    'decoder_loss_weights',
+    'decoder_positions',
+  ]
+  counts = [
+    collections.Counter(
+      pair
+      for row in rows
+      for pair in zip(
+        segments(row, 'encoder', encoder), segments(row, 'decoder', decoder), strict=True
+      )
+    )
+    for rows in (
+      convert(converter(ItemEncDecFeatureConverter, pack=True), examples, PACKED_LENGTHS),
+      seqio_converted(seqio.EncDecFeatureConverter, examples, PACKED_LENGTHS, pack=True),
+    )
+  ]
+  assert counts[0] == counts[1]
+  assert sum(counts[0].values()) == len(examples)
+
+
+# ---- entities
+
+
+def splice(row, prefix):
+  """What the device computes: the entity of every slot, per segment, K slots an entity."""
+  is_slot = row[f'{prefix}_input_tokens'] == SLOT
+  index = np.cumsum(is_slot) - 1
+  entities = row['entity_ids'][np.clip(index // K, 0, len(row['entity_ids']) - 1)]
+  return [
+    entities[is_slot & (row[f'{prefix}_segment_ids'] == segment)][::K].tolist()
+    for segment in range(1, row[f'{prefix}_segment_ids'].max() + 1)
+  ]
+
+
+@pytest.mark.parametrize('cls', CONVERTERS)
+@given(seed=st.integers(0, 10_000), window=st.sampled_from([1, 7, 64, 256]))
+@settings(max_examples=10, deadline=None)
+def test_every_slot_of_a_packed_row_finds_its_entity(cls, seed, window):
+  examples = random_examples(seed, count=40)
+  rows = convert(converter(cls, pack=True, window=window), examples, PACKED_LENGTHS)
+  prefix = 'encoder' if cls is ItemEncDecFeatureConverter else 'decoder'
+  found = [entities for row in rows for entities in splice(row, prefix)]
+  assert sorted(found) == sorted(example['entity_ids'].tolist() for example in examples)
+  # Packing saves rows, and the more the larger the window.
+  assert len(rows) < len(examples) or window == 1
+
+
+def test_window_bounds_what_is_packed_together():
+  examples = random_examples(seed=5, count=40)
+  expected = [
+    row
+    for start in range(0, 40, 16)
+    for row in convert(
+      converter(ItemLMFeatureConverter, pack=True), examples[start : start + 16], PACKED_LENGTHS
+    )
+  ]
+  rows = convert(converter(ItemLMFeatureConverter, pack=True, window=16), examples, PACKED_LENGTHS)
+  for row, other in zip(rows, expected, strict=True):
+    for name, value in other.items():
+      np.testing.assert_array_equal(row[name], value)
+
+
+@pytest.mark.parametrize('cls', CONVERTERS)
+@pytest.mark.parametrize(
+  ('example', 'message'),
+  [
+    (
+      {'inputs': [7, 9, 9, 9, 5], 'targets': [1], 'entity_ids': [3, 4]},
+      r"'inputs' contains 3 slot tokens \(9\), but 'entity_ids' has 2 entities, which need 2 \* "
+      r'num_soft_tokens = 4',
+    ),
+    (
+      {'inputs': [7, 9, 9, 9, 9], 'targets': [9, 1], 'entity_ids': [3, 4]},
+      r"'targets' contains the slot token 9 \(1 times\)",
+    ),
+    (
+      {'inputs': [7, 9, 9], 'targets': [1], 'entity_ids': [-1]},
+      r"'entity_ids' contains -1; entities are numbered from 0",
+    ),
+  ],
+)
+@pytest.mark.parametrize('pack', [False, True])
+def test_a_broken_example_is_named_and_shown(cls, example, message, pack):
+  good = {'inputs': [7], 'targets': [1], 'entity_ids': []}
+  examples = [good] * 5 + [example] + [good] * 2
+  with pytest.raises(tf.errors.InvalidArgumentError, match=message) as raised:
+    convert(converter(cls, pack=pack, window=4), examples, LENGTHS)
+  text = str(raised.value)
+  assert 'example 5 of the data set' in text
+  assert f'inputs = {example["inputs"]} (length {len(example["inputs"])})' in text
+  assert 'Traceback' not in text
+
+
+@pytest.mark.parametrize(
+  'example',
+  [
+    {'inputs': [7, 9, 9], 'targets': [1], 'entity_ids': [3]},
+    {'inputs': [7], 'targets': [1], 'entity_ids': [3]},
+    {'inputs': [7, 9], 'targets': [1], 'entity_ids': []},
+  ],
+)
+def test_text_only_has_neither_slots_nor_entities(example):
+  with pytest.raises(tf.errors.InvalidArgumentError, match='num_soft_tokens=0 says'):
+    convert(converter(ItemLMFeatureConverter, num_soft_tokens=0), [example], LENGTHS)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'bos_id': None}, 'bos_id=None'),
+    ({'bos_id': -1}, 'bos_id=-1'),
+    ({'slot_id': -1}, 'slot_id=-1'),
+    ({'num_soft_tokens': -2}, 'num_soft_tokens=-2'),
+    ({'window': 0}, 'window=0'),
+    ({'use_custom_packing_ops': True}, 'use_custom_packing_ops=True'),
+  ],
+)
+def test_arguments_are_checked(options, message):
+  with pytest.raises(UsageError, match=message):
+    converter(ItemLMFeatureConverter, **options)
+
+
+# ---- phase 1
+
+
+def test_entity_text():
+  examples = [
+    {'targets': [5, 0, 6], 'entity_ids': [3]},
+    {'targets': [], 'entity_ids': [0, 8, 120]},
+  ]
+  first, second = convert(EntityTextFeatureConverter(), examples, {'targets': 4, 'entity_ids': 3})
+  assert first['text_tokens'].tolist() == [5, 0, 6, 0]
+  assert first['text_mask'].tolist() == [1, 1, 1, 0]
+  assert first['entity_ids'].tolist() == [3, -1, -1]
+  assert second['text_mask'].tolist() == [0, 0, 0, 0]
+  assert second['entity_ids'].tolist() == [0, 8, 120]
+  with pytest.raises(UsageError, match='pack=True'):
+    EntityTextFeatureConverter(pack=True)
+  with pytest.raises(tf.errors.InvalidArgumentError, match="'entity_ids' contains -1"):
+    convert(
+      EntityTextFeatureConverter(),
+      [{'targets': [], 'entity_ids': [2, -1]}],
+      {'targets': 4, 'entity_ids': 3},
+    )
+
+
+def test_a_feature_of_known_length_is_no_special_case():
+  """item_text tasks give `entity_ids` the static shape [1]."""
+  ds = tf.data.Dataset.range(5).map(
+    lambda i: {
+      'targets': tf.fill([i], 7),
+      'entity_ids': tf.reshape(tf.cast(i, tf.int32), [1]),
+    }
+  )
+  ds = EntityTextFeatureConverter()(ds, {'targets': 5, 'entity_ids': 1})
+  assert [row['entity_ids'].tolist() for row in ds.as_numpy_iterator()] == [[i] for i in range(5)]
+  assert ds.element_spec['entity_ids'].shape == [1]
+
+
+# ---- inside SeqIO
+
+
+@pytest.fixture
+def mixture():
+  """Two tasks of 20 examples each, as a mixture; the vocabularies are equal, not identical."""
+  names = ['converter_test_a', 'converter_test_b']
+  slot = ByteVocabulary().slot_id
+
+  def examples_of(name):
+    for i in range(20):
+      entity_ids = [i] * (i % 3)
+      prompt = ByteVocabulary().encode(f'{name} {i}: ')
+      yield {
+        'inputs': np.array(prompt + [slot] * (K * len(entity_ids)), np.int32),
+        'targets': np.array([*ByteVocabulary().encode(f'answer {i}'), EOS], np.int32),
+        'entity_ids': np.array(entity_ids, np.int32),
+        'user': f'user {i}',
+      }
+
+  def source(name):
+    spec = {
+      **dict.fromkeys(('inputs', 'targets', 'entity_ids'), tf.TensorSpec([None], tf.int32)),
+      'user': tf.TensorSpec([], tf.string),
+    }
+    return seqio.FunctionDataSource(
+      lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(
+        lambda: examples_of(name), output_signature=spec
+      ),
+      splits=['train', 'validation'],
+    )
+
+  def matches(targets, predictions):
+    return {'matches': sum(a == b for a, b in zip(targets, predictions, strict=True))}
+
+  for name in names:
+    seqio.TaskRegistry.add(
+      name,
+      source(name),
+      preprocessors=[],
+      output_features={
+        'inputs': seqio.Feature(ByteVocabulary(), add_eos=False),
+        'targets': seqio.Feature(ByteVocabulary()),
+        'entity_ids': seqio.Feature(seqio.PassThroughVocabulary(100), add_eos=False),
+      },
+      metric_fns=[matches],
+    )
+  seqio.MixtureRegistry.add('converter_test', names, default_rate=1.0)
+  yield 'converter_test'
+  seqio.MixtureRegistry.remove('converter_test')
+  for name in names:
+    seqio.TaskRegistry.remove(name)
+
+
+TASK_LENGTHS = {'inputs': 100, 'targets': 28, 'entity_ids': 10}
+
+
+@pytest.mark.parametrize('cls', CONVERTERS)
+@pytest.mark.parametrize('pack', [False, True])
+def test_get_dataset_of_a_mixture(mixture, cls, pack):
+  instance = converter(cls, slot_id=ByteVocabulary().slot_id, bos_id=0, pack=pack)
+
+  def rows():
+    ds = seqio.get_dataset(
+      mixture, TASK_LENGTHS, instance, dataset_split='train', shuffle=True, seed=3, num_epochs=1
+    )
+    expected = instance.get_model_feature_lengths(TASK_LENGTHS)
+    assert {k: v.shape.as_list() for k, v in ds.element_spec.items()} == {
+      name: [length] for name, length in expected.items()
+    }
+    return list(ds.as_numpy_iterator())
+
+  first, second = rows(), rows()
+  # Each task has 20 examples, and 20 entities at all: i % 3 is 0, 1, 2, 0, ...
+  assert sum(int((row['entity_ids'] >= 0).sum()) for row in first) == 2 * 19
+  assert sum(int((row['decoder_target_tokens'] == EOS).sum()) for row in first) == 40
+  assert len(first) < 40 if pack else len(first) == 40
+  for row, again in zip(first, second, strict=True):
+    for name, value in row.items():
+      np.testing.assert_array_equal(value, again[name])
+
+
+def test_trimming_by_seqio_is_explained(mixture):
+  """SeqIO cuts inputs to task_feature_lengths before the converter sees them."""
+  instance = converter(ItemLMFeatureConverter, slot_id=ByteVocabulary().slot_id, bos_id=0)
+  ds = seqio.get_dataset(mixture, {**TASK_LENGTHS, 'inputs': 22}, instance, shuffle=False)
+  with pytest.raises(tf.errors.InvalidArgumentError, match=r"SeqIO trimmed it .*\['inputs'\]"):
+    list(ds)
+
+
+@pytest.mark.parametrize('cls', CONVERTERS)
+def test_evaluator(mixture, cls):
+  instance = converter(cls, slot_id=ByteVocabulary().slot_id, bos_id=0)
+  evaluator = seqio.Evaluator(mixture, instance, eval_split='validation')
+
+  def predict(enumerated):
+    """Reads the answer off the targets, as a perfect model would give it."""
+    return [
+      (index, row['decoder_target_tokens'][row['decoder_loss_weights'] == 1].tolist())
+      for index, row in enumerated.as_numpy_iterator()
+    ]
+
+  metrics, _ = evaluator.evaluate(compute_metrics=True, step=0, predict_fn=predict)
+  assert metrics.result() == dict.fromkeys(
+    ('converter_test_a', 'converter_test_b'), {'matches': 20}
+  )
+
+
+def test_other_features_of_a_task_do_not_get_in_the_way():
+  """Prompts keep strings, such as the user's id, beside the features for the model."""
+  ds = tf.data.Dataset.from_tensors(
+    {'inputs': [7], 'targets': [3, 1], 'entity_ids': tf.zeros([0], tf.int32), 'user': 'u1'}
+  )
+  (row,) = converter(ItemLMFeatureConverter)(ds, LENGTHS).as_numpy_iterator()
+  assert row['decoder_target_tokens'][:3].tolist() == [7, 3, 1]
+  assert set(row) == set(feature_converter.ItemLMFeatureConverter.MODEL_FEATURES)

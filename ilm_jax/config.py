@@ -23,6 +23,8 @@ The grammar of an override, `--gin.NAME=VALUE` (NAME: a macro or function.parame
     /tmp/run, gs://b/x, v5e:16x16, a,b, 1,2  not one literal: the text itself is the string
     a=b, 10#3, 007, 1.0.0, 50%               strings too: nothing is cut off, no comments
 
+`--gin.FUNCTION.PARAMETER.KEY=VALUE` sets one key of a dict, and leaves its other keys as they are.
+
 A text that opens with a quote, a bracket, `%` or `@` must be complete; it never turns into a
 string silently. An empty value is an error (an unset shell variable); the empty string is `''`.
 """
@@ -32,15 +34,17 @@ import dataclasses
 import importlib.util  # before gin, which uses importlib.util without importing it
 import logging
 import tokenize
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gin
 from gin import config as gin_config
 from gin import config_parser
+
 from ilm_jax import config_files
-from ilm_jax.config_types import choices, convert, describe, parameters_of
+from ilm_jax.config_files import Config
+from ilm_jax.config_types import choices, convert, describe, is_dict, parameters_of
 from ilm_jax.errors import UsageError, did_you_mean
 
 COMMAND_LINE = 'command line'
@@ -53,41 +57,6 @@ _EXPLICIT = tuple('\'"[({%@')
 _registered: set[str] = set()
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """The checked arguments of one function, and the texts that reproduce them.
-
-  A snapshot: a later `parse` in the same process changes nothing here. (A function passed by
-  `@reference` is the exception: it is gin's own and looks its bindings up when it is called.)
-
-  Attributes:
-    function: the function itself, not gin's wrapper: its errors come out as they were raised.
-    arguments: every argument that will be passed, resolved and converted; defaults included.
-    text: the content of `config.gin`: all bindings of files and overrides, macros kept.
-    operative_text: the content of `operative_config.gin`: each argument's resolved value, with the
-      macro to override and the file it came from as a comment.
-    warnings: one line for each macro that a file sets and nothing uses.
-  """
-
-  function: Callable[..., Any]
-  arguments: Mapping[str, Any]
-  text: str
-  operative_text: str
-  warnings: tuple[str, ...]
-
-  def call(self) -> Any:
-    """Calls the function with `arguments` and returns what it returns."""
-    return self.function(**self.arguments)
-
-  def save(self, directory: str | Path) -> None:
-    """Writes `config.gin` and `operative_config.gin` into `directory`, made if absent.
-
-    Each file is there whole or not at all; see `config_files.write`.
-    """
-    texts = {'config.gin': self.text, 'operative_config.gin': self.operative_text}
-    config_files.write(directory, texts)
 
 
 def parse(
@@ -177,6 +146,7 @@ class _Reader:
     self.macros: dict[str, _Binding] = {}
     self.file_macros: dict[str, _Binding] = {}  # as the files set them, before any override
     self.bindings: dict[tuple[str, str], _Binding] = {}  # (full function name, parameter)
+    self.elements: dict[str, dict[str, Any]] = {}  # parameter -> keys that overrides set
     self.imports: list[str] = []
     self.history: list[str] = []  # the files and overrides, for the header of what is saved
     self.reached: set[str] = set()  # macros that the function's arguments depend on
@@ -233,6 +203,9 @@ class _Reader:
     if not text.strip():
       raise UsageError(f'--gin.{key}= has no value; the empty string is --gin.{key}="\'\'".')
     _, selector, parameter = config_parser.parse_binding_key(key)
+    if selector.startswith(f'{self.command}.'):
+      self._bind_element(key, parameter, self._value_of(key, text), f'--gin.{override}')
+      return
     if parameter and selector in self.others:
       raise UsageError(
         f'--gin.{key} binds a parameter of `{selector}`, and this command is `{self.command}`.'
@@ -243,6 +216,7 @@ class _Reader:
 
   def finish(self) -> Config:
     """Resolves and checks everything that was read."""
+    self._merge_elements()
     ours = self.full_name(self.command)
     unchecked = {self.full_name(name) for name in self.others}
     trees = {
@@ -334,6 +308,28 @@ class _Reader:
     except ValueError as error:  # of a function that is not ours: gin knows its parameters
       raise UsageError(f'{binding.where}: {error}') from error
     self.bindings[function, parameter] = binding
+    if function == self.full_name(self.command):
+      self.elements.pop(parameter, None)  # of the value before
+
+  def _bind_element(self, key: str, element: str, value: Any, override: str) -> None:
+    """Notes `command.parameter.element`, one key of a dict: the others stay as they are."""
+    name = key.removeprefix(f'{self.command}.').removesuffix(f'.{element}')
+    if name not in self.parameters:
+      self._bind(_Binding(key, value, COMMAND_LINE), self.command, name)  # says what there is
+    if not is_dict(self.parameters[name].annotation):
+      annotation = describe(self.parameters[name].annotation)
+      raise UsageError(f'{override}: {self.command}.{name} takes {annotation}, which has no keys.')
+    self.history.append(override)
+    self.elements.setdefault(name, {})[element] = value
+
+  def _merge_elements(self) -> None:
+    """Sets the keys that overrides named, once all macros of the rest of the dict are known."""
+    for name, elements in list(self.elements.items()):
+      before = self.bindings.get((self.full_name(self.command), name))
+      tree = self._without_macros(before.value, (before,)) if before else None
+      if tree is None or isinstance(tree, dict):  # else the type is wrong, as will be said
+        whole = _Binding(f'{self.command}.{name}', {**(tree or {}), **elements}, COMMAND_LINE)
+        self._bind(whole, self.command, name)
 
   def _value_of(self, key: str, text: str) -> Any:
     explicit = text.startswith(_EXPLICIT)

@@ -1,15 +1,67 @@
-"""Files of a configuration: where gin files are found, how what was resolved is written."""
+"""What a configuration was resolved to; where gin files are found and how the result is written."""
 
+import contextvars
+import dataclasses
 import math
 import pprint
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from etils import epath
 
 from ilm_jax.errors import UsageError, did_you_mean
+
+_running: contextvars.ContextVar['Config | None'] = contextvars.ContextVar('config', default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The checked arguments of one function, and the texts that reproduce them.
+
+  A snapshot: a later `parse` in the same process changes nothing here. (A function passed by
+  `@reference` is the exception: it is gin's own and looks its bindings up when it is called.)
+
+  Attributes:
+    function: the function itself, not gin's wrapper: its errors come out as they were raised.
+    arguments: every argument that will be passed, resolved and converted; defaults included.
+    text: the content of `config.gin`: all bindings of files and overrides, macros kept.
+    operative_text: the content of `operative_config.gin`: each argument's resolved value, with the
+      macro to override and the file it came from as a comment.
+    warnings: one line for each macro that a file sets and nothing uses.
+  """
+
+  function: Callable[..., Any]
+  arguments: Mapping[str, Any]
+  text: str
+  operative_text: str
+  warnings: tuple[str, ...]
+
+  def call(self) -> Any:
+    """Calls the function with `arguments` and returns what it returns."""
+    token = _running.set(self)
+    try:
+      return self.function(**self.arguments)
+    finally:
+      _running.reset(token)
+
+  def save(self, directory: str | Path) -> None:
+    """Writes `config.gin` and `operative_config.gin` into `directory`, made if absent.
+
+    Each file is there whole or not at all; see `write`.
+    """
+    texts = {'config.gin': self.text, 'operative_config.gin': self.operative_text}
+    write(directory, texts)
+
+
+def running() -> Config | None:
+  """Returns the Config whose `call` is under way; None where the function was called directly.
+
+  For a command that has to save its configuration itself, because its directory is complete or
+  absent (`ilm prepare`).
+  """
+  return _running.get()
 
 
 def gin_root() -> Path:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ilm_jax import config
-from ilm_jax.config_types import describe, parameters_of
+from ilm_jax.config_types import describe, is_dict, parameters_of
 from ilm_jax.errors import UsageError, did_you_mean
 
 _OWN_FLAGS = ('--gin_file', '--gin_search_paths', '--print_config', '--help')
@@ -21,14 +21,15 @@ def parse_argv(
   The flags: `--gin_file=FILE` (repeatable), `--gin_search_paths=DIR,DIR` (repeatable),
   `--gin.NAME=VALUE` (see `ilm_jax.config`), `--print_config`, `--help`, and `--<parameter>=VALUE`
   for each parameter of `function`, short for `--gin.<function>.<parameter>=VALUE`: one grammar for
-  all values. Of several flags for one name the last one wins.
+  all values. `--<parameter>.KEY=VALUE` sets one key of a parameter that is a dict. Of several flags
+  for one name the last one wins.
 
   Raises:
     UsageError: an unknown flag; and as `config.parse`.
   """
   parser = _parser(function)
-  # argparse cannot declare a family of flags: --gin.NAME=VALUE is read as --gin=NAME=VALUE.
-  flags, rest = parser.parse_known_args([re.sub(r'^--gin\.', '--gin=', word) for word in argv])
+  dicts = [name for name, p in parameters_of(function).items() if is_dict(p.annotation)]
+  flags, rest = parser.parse_known_args([_declared(word, function, dicts) for word in argv])
   if rest:
     known = [*_OWN_FLAGS, *(f'--{name}' for name in parameters_of(function))]
     flag = rest[0].partition('=')[0]
@@ -78,6 +79,22 @@ def run(
   return parsed.call()
 
 
+def _declared(word: str, function: Callable[..., Any], dicts: Iterable[str]) -> str:
+  """Returns a flag as argparse knows it, which cannot declare the families --gin.X and --source.X.
+
+  --gin.NAME=VALUE is read as --gin=NAME=VALUE, and --source.KEY=VALUE, for a parameter `source`
+  that is a dict, as --gin=FUNCTION.source.KEY=VALUE.
+  """
+  name, dot, rest = word.removeprefix('--').partition('.')
+  if not word.startswith('--') or not dot:
+    return word
+  if name in dicts:
+    if not re.match(r'[A-Za-z_]\w*=', rest):
+      raise UsageError(f'ilm {function.__name__}: {word}: write --{name}.KEY=VALUE.')
+    return f'--gin={function.__name__}.{name}.{rest}'
+  return f'--gin={rest}' if name == 'gin' else word
+
+
 def _parser(function: Callable[..., Any]) -> argparse.ArgumentParser:
   command = function.__name__
   parser = argparse.ArgumentParser(
@@ -93,6 +110,7 @@ def _parser(function: Callable[..., Any]) -> argparse.ArgumentParser:
   add('--gin', dest='overrides', action='append', default=[], metavar='.NAME=VALUE')
   for name, parameter in parameters_of(function).items():
     default = '' if parameter.required else f', default {parameter.default!r}'
+    keys = f'; one key: --{name}.KEY=VALUE' if is_dict(parameter.annotation) else ''
     # `--resume` alone is `--resume=True`.
     optional: dict[str, Any] = {'nargs': '?', 'const': 'True'}
     add(
@@ -101,7 +119,7 @@ def _parser(function: Callable[..., Any]) -> argparse.ArgumentParser:
       action='append',
       type=f'{command}.{name}={{}}'.format,
       metavar='VALUE',
-      help=f'{describe(parameter.annotation)}{default}'.replace('%', '%%'),
+      help=f'{describe(parameter.annotation)}{default}{keys}'.replace('%', '%%'),
       **(optional if parameter.annotation is bool else {}),
     )
   return parser

@@ -42,6 +42,14 @@ def describe(annotation: Any) -> str:
   return re.sub(r"('[^']*')|\b(?:\w+\.)+(?=\w)", lambda match: match[1] or '', text)
 
 
+def is_dict(annotation: Any) -> bool:
+  """Whether the annotation is a dict or a Mapping, or a union with one."""
+  origin = typing.get_origin(annotation) or annotation
+  if origin in (typing.Union, types.UnionType):
+    return any(map(is_dict, typing.get_args(annotation)))
+  return origin in (dict, Mapping)
+
+
 def choices(annotation: Any) -> list[Any]:
   """Returns the values that the `Literal`s of an annotation allow, those in a union included."""
   if typing.get_origin(annotation) is typing.Literal:

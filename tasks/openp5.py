@@ -24,7 +24,7 @@ def openp5(
   items: str | os.PathLike[str] | None = None,
   item: str = 'item',
   title: str = 'title',
-  text_fields: Sequence[str] | None = None,
+  text_fields: str | Sequence[str] | None = None,
   title_from_id: bool = False,
 ) -> RawData:
   """Reads OpenP5 sequences and, from a table, the items' text.

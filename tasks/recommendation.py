@@ -29,6 +29,7 @@ from ilm_jax.data.sources import (
   ItemSource,
   PairSource,
   map_batches,
+  one_to_one,
   ragged_range_gather,
 )
 from ilm_jax.errors import UsageError
@@ -63,6 +64,7 @@ def register_item_language_tasks(
   )
   tokens, offsets = tf.constant(rows.tokens), tf.constant(rows.offsets)
 
+  @one_to_one
   def look_up_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
     def columns(batch: dict[str, Any]) -> dict[str, Any]:
       item = batch['item']
@@ -236,6 +238,7 @@ def add_prompt_task(
   _add_task(name, source, preprocessors, features, settings)
 
 
+@one_to_one
 def render(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int] | None = None,
@@ -248,12 +251,14 @@ def render(
   """
   lengths = dict(sequence_length or {})
   renderer.check_lengths(lengths)
+  if dataset.element_spec['seed'].shape != [2]:  # SeqIO's caches forget sizes
+    dataset = dataset.map(lambda ex: {**ex, 'seed': tf.ensure_shape(ex['seed'], [2])})
   scalars = [name for name, spec in dataset.element_spec.items() if spec.shape.rank == 0]
 
+  max_inputs, max_entities = lengths.get('inputs'), lengths.get('entity_ids')
+
   def columns(batch: dict[str, Any]) -> dict[str, Any]:
-    rendered = renderer(
-      batch, max_inputs=lengths.get('inputs'), max_entities=lengths.get('entity_ids')
-    )
+    rendered = renderer.traced(batch, max_inputs=max_inputs, max_entities=max_entities)
     return {**{name: batch[name] for name in scalars}, **rendered}
 
   return map_batches(dataset.ragged_batch(_RENDER_BATCH), columns)

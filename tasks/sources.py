@@ -7,16 +7,18 @@ the options. To add one, copy a file of this directory and register a function:
   def my_shop(export: str) -> RawData:
     ...
 
-Once that module is imported, `--dataset=my_shop --export=...` works.
+in `my_tasks.py`, and `ilm prepare --modules=my_tasks --dataset=my_shop --source.export=...` works.
 """
 
 import importlib
 import inspect
 import os
+import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ilm_jax.config_types import convert, describe
 from ilm_jax.data.fetch import sha256_of
 from ilm_jax.data.raw import RawData
 from ilm_jax.errors import UsageError, did_you_mean
@@ -65,15 +67,15 @@ def load_raw(dataset: str, /, **options: Any) -> RawData:
     **options: the arguments of that source's function.
 
   Raises:
-    UsageError: unknown data set, unknown option, option left out, or whatever is wrong with the
-      data.
+    UsageError: unknown data set, unknown option, option left out, an option of another type than
+      the function's annotation says, or whatever is wrong with the data.
   """
   sources = all_sources()
   if dataset not in sources:
     raise UsageError(
       f'dataset={dataset!r}: unknown; allowed: {", ".join(sorted(sources))}.'
-      f'{did_you_mean(dataset, sources)} A data set of your own: --dataset=tabular, or import the'
-      ' module that registers it.'
+      f'{did_you_mean(dataset, sources)} A data set of your own: --dataset=tabular, or --modules='
+      ' with the module that registers it.'
     )
   parameters = inspect.signature(sources[dataset]).parameters
   allowed = f'allowed: {", ".join(parameters)}' if parameters else 'it takes none'
@@ -84,7 +86,18 @@ def load_raw(dataset: str, /, **options: Any) -> RawData:
   missing = [n for n, p in parameters.items() if p.default is p.empty and n not in options]
   if missing:
     raise UsageError(f'dataset={dataset!r} needs {", ".join(map(repr, missing))}; {allowed}.')
-  return sources[dataset](**options)
+  hints = typing.get_type_hints(sources[dataset])
+  values = {}
+  for option, value in options.items():
+    annotation = hints.get(option, Any)
+    try:
+      values[option] = convert(value, annotation)
+    except TypeError as error:
+      raise UsageError(
+        f'dataset={dataset!r}: option {option!r} takes {describe(annotation)}, and {error}. On the'
+        f' command line a string that looks like a number is --source.{option}="\'{value}\'".'
+      ) from error
+  return sources[dataset](**values)
 
 
 def source_file(folder: str | os.PathLike[str], name: str, advice: str) -> Path:

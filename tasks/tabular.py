@@ -1,6 +1,7 @@
 """Any domain as two files: a table of interactions and a table of items.
 
-  ilm prepare --dataset=tabular --name=books --interactions=reviews.csv --items=books.jsonl
+  ilm prepare --dataset=tabular --output=DIR --source.name=books \\
+      --source.interactions=reviews.csv --source.items=books.jsonl
 
 CSV, TSV, JSONL (each also as .gz) and Parquet. Ids stay exactly as written: '007' is not '7'.
 """
@@ -27,7 +28,7 @@ def tabular(
   timestamp: str | None = 'timestamp',
   rating: str | None = None,
   title: str = 'title',
-  text_fields: Sequence[str] | None = None,
+  text_fields: str | Sequence[str] | None = None,
   order: str = 'timestamp',
 ) -> RawData:
   """Reads interactions and items of any domain.
@@ -85,7 +86,7 @@ def read_items(
   option: str,
   item: str = 'item',
   title: str = 'title',
-  text_fields: Sequence[str] | None = None,
+  text_fields: str | Sequence[str] | None = None,
 ) -> tuple[tables.Table, np.ndarray, dict[str, list[str]]]:
   """Reads item text. The arguments are those of `tabular`; `option` named the path.
 

@@ -10,11 +10,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import gin
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import gin
 import ilm_jax
 from ilm_jax import config, config_files
 from ilm_jax.errors import UsageError

@@ -10,9 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ import safetensors
 import safetensors.numpy
 from scipy import sparse
 
+from ilm_jax.atomic_directory import complete_or_absent, is_incomplete
 from ilm_jax.cf import ials, vector_files
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.errors import UsageError
@@ -29,7 +27,6 @@ from ilm_jax.errors import UsageError
 METADATA_FILE = 'entity_table.json'
 VECTORS_FILE = 'entity_table.safetensors'
 FORMAT_VERSION = 1
-_UNFINISHED = '.partial-'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,47 +105,33 @@ class EntityTable:
   def save(self, directory: str | Path) -> None:
     """Writes the table; the directory appears complete or not at all.
 
-    A killed save leaves at most a hidden '.NAME.partial-*' beside it, which `load` refuses.
+    A killed save leaves at most a hidden '.NAME.incomplete-*' beside it, which `load` refuses.
 
     Raises:
       UsageError: the directory exists already (tables are immutable).
     """
-    directory = Path(directory)
-    if directory.exists():
-      raise UsageError(
-        f'{directory} exists already, and an entity table is never overwritten: name another'
-        ' directory, or remove this one first.'
-      )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(
-      tempfile.mkdtemp(prefix=f'.{directory.name}{_UNFINISHED}', dir=directory.parent)
+    with complete_or_absent(Path(directory), 'an entity table') as unfinished:
+      self.write_files(unfinished)
+
+  def write_files(self, directory: Path) -> None:
+    """Writes the two files into a directory that the caller publishes when it is complete."""
+    safetensors.numpy.save_file(
+      {'vectors': np.ascontiguousarray(self.vectors), 'cold': np.ascontiguousarray(self.cold)},
+      directory / VECTORS_FILE,
     )
-    try:
-      safetensors.numpy.save_file(
-        {'vectors': np.ascontiguousarray(self.vectors), 'cold': np.ascontiguousarray(self.cold)},
-        unfinished / VECTORS_FILE,
-      )
-      metadata = {
-        'format_version': FORMAT_VERSION,
-        'method': self.method,
-        'settings': dict(self.settings),
-        'data_name': self.data_name,
-        'data_fingerprint': self.data_fingerprint,
-        'num_items': self.num_items,
-        'num_entities': self.num_entities,
-        'dim': self.dim,
-        'num_cold': int(self.cold.sum()),
-        'sha256': self.content_hash,
-      }
-      (unfinished / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + '\n')
-      unfinished.chmod(0o755)  # mkdtemp's 0700 would hide the table from the user's group
-      for path in (unfinished / VECTORS_FILE, unfinished / METADATA_FILE, unfinished):
-        _fsync(path)
-      os.rename(unfinished, directory)
-    except BaseException:
-      shutil.rmtree(unfinished, ignore_errors=True)
-      raise
-    _fsync(directory.parent)
+    metadata = {
+      'format_version': FORMAT_VERSION,
+      'method': self.method,
+      'settings': dict(self.settings),
+      'data_name': self.data_name,
+      'data_fingerprint': self.data_fingerprint,
+      'num_items': self.num_items,
+      'num_entities': self.num_entities,
+      'dim': self.dim,
+      'num_cold': int(self.cold.sum()),
+      'sha256': self.content_hash,
+    }
+    (directory / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + '\n')
 
   @classmethod
   def load(cls, directory: str | Path, prepared: PreparedData | None = None) -> 'EntityTable':
@@ -162,10 +145,10 @@ class EntityTable:
       UsageError: the directory is no complete table, is damaged, or belongs to another data set.
     """
     directory = Path(directory)
-    if _UNFINISHED in directory.name or not (directory / METADATA_FILE).is_file():
+    if is_incomplete(directory) or not (directory / METADATA_FILE).is_file():
       raise UsageError(
         f'{directory} is not a complete entity table (it needs {METADATA_FILE} and {VECTORS_FILE};'
-        f' a name with {_UNFINISHED!r} is what an interrupted save left). `ilm prepare` makes one.'
+        " a name with '.incomplete-' is what an interrupted save left). `ilm prepare` makes one."
       )
     metadata = json.loads((directory / METADATA_FILE).read_text())
     if metadata.get('format_version') != FORMAT_VERSION:
@@ -216,7 +199,18 @@ def from_ials(prepared: PreparedData, *, normalize: bool = True, **settings: Any
   Raises:
     UsageError: as `ials.fit`.
   """
-  users, items, report = ials.fit(prepared.offsets, prepared.items, prepared.num_items, **settings)
+  fitted = ials.fit(prepared.offsets, prepared.items, prepared.num_items, **settings)
+  return from_fitted(prepared, fitted, normalize=normalize)
+
+
+def from_fitted(
+  prepared: PreparedData,
+  fitted: tuple[np.ndarray, np.ndarray, Mapping[str, Any]],
+  *,
+  normalize: bool = True,
+) -> EntityTable:
+  """As `from_ials`, from what `ials.fit` returned for the training rows of this data set."""
+  users, items, report = fitted
   vectors = np.concatenate([items, users])
   cold = np.concatenate(
     [np.bincount(prepared.items, minlength=prepared.num_items) == 0, np.diff(prepared.offsets) == 0]
@@ -331,11 +325,3 @@ def _normalize_rows(vectors: np.ndarray) -> None:
   """Scales rows to length 1 in place; zero rows stay zero."""
   lengths = np.sqrt(np.einsum('ij,ij->i', vectors, vectors, dtype=np.float64))
   vectors /= np.where(lengths > 0, lengths, 1)[:, None].astype(np.float32)
-
-
-def _fsync(path: Path) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -33,16 +33,21 @@ from scipy import sparse
 
 from ilm_jax.errors import UsageError
 
+FACTORS = 32
+REGULARIZATION = 5.0
+ALPHA = 4.0
+ITERATIONS = 15
+
 
 def fit(
   offsets: np.ndarray,
   items: np.ndarray,
   num_items: int,
   *,
-  factors: int = 32,
-  regularization: float = 5.0,
-  alpha: float = 4.0,
-  iterations: int = 15,
+  factors: int = FACTORS,
+  regularization: float = REGULARIZATION,
+  alpha: float = ALPHA,
+  iterations: int = ITERATIONS,
   exact: bool = False,
   seed: int = 0,
   num_threads: int = 0,

@@ -39,6 +39,7 @@ RANKERS = ('popularity', 'itemknn', 'itemknn_recency', 'ease', 'ials_dot', 'ials
 SPLITS = ('validation', 'test')
 
 EASE_MAX_ITEMS = 20_000  # a dense float64 inverse of that size: 3.2 GB, some minutes
+ITEM_KNN_MAX_PAIRS = 200_000_000  # a sparse matrix with that many cosines: 2.4 GB
 _BATCH_VALUES = 20_000_000  # scores held at once: 160 MB of float64
 
 
@@ -90,6 +91,21 @@ class Sequences:
     matrix = sparse.csr_matrix((weights, self.items, self.offsets), shape=shape, copy=True)
     matrix.sum_duplicates()
     return matrix
+
+
+def affordable(prepared: PreparedData) -> tuple[tuple[str, ...], dict[str, str]]:
+  """Returns the rankers whose matrices one machine holds, and the reason for each other one."""
+  skipped = {}
+  if prepared.num_items > EASE_MAX_ITEMS:
+    skipped['ease'] = (
+      f'needs a dense items x items matrix: {prepared.num_items:,} items, limit {EASE_MAX_ITEMS:,}'
+    )
+  lengths = np.diff(histories(prepared, 'test').offsets)
+  pairs = min(prepared.num_items**2, int(np.sum(lengths**2)))
+  if pairs > ITEM_KNN_MAX_PAIRS:
+    reason = f'up to {pairs:,} pairs of items have a user in common, limit {ITEM_KNN_MAX_PAIRS:,}'
+    skipped.update(itemknn=reason, itemknn_recency=reason)
+  return tuple(name for name in RANKERS if name not in skipped), skipped
 
 
 def histories(prepared: PreparedData, split: str) -> Sequences:
@@ -263,6 +279,7 @@ def evaluate_rankers(
   rankers: Sequence[str] = RANKERS,
   splits: Sequence[str] = SPLITS,
   ials_settings: Mapping[str, Any] | None = None,
+  ials_vectors: tuple[np.ndarray, np.ndarray] | None = None,
   seed: int = 0,
 ) -> list[Evaluation]:
   """Measures the reference rankers on a prepared data set.
@@ -272,6 +289,8 @@ def evaluate_rankers(
     rankers: some of RANKERS.
     splits: some of SPLITS. Choose settings on 'validation', report 'test'.
     ials_settings: for `ials.fit`; its defaults where absent.
+    ials_vectors: (user, item) vectors that `ials.fit` gave for the training rows of this data set,
+      where they are at hand; nothing is fitted then.
     seed: of the bootstrap; also of iALS, unless its settings say otherwise.
 
   Returns:
@@ -286,7 +305,9 @@ def evaluate_rankers(
         hint = did_you_mean(value, allowed)
         raise UsageError(f'{key}: {value!r} is none of {", ".join(allowed)}.{hint}')
   user_vectors = item_vectors = np.empty((0, 0), np.float32)
-  if {'ials_dot', 'ials_recency'} & set(rankers):
+  if ials_vectors is not None:
+    user_vectors, item_vectors = ials_vectors
+  elif {'ials_dot', 'ials_recency'} & set(rankers):
     settings: dict[str, Any] = {'seed': seed, **(ials_settings or {})}
     user_vectors, item_vectors, _ = ials.fit(
       prepared.offsets, prepared.items, prepared.num_items, **settings

@@ -13,19 +13,20 @@ They take the place of SeqIO's own (LMFeatureConverter, PrefixLMFeatureConverter
 EncDecFeatureConverter), whose names they use and whose validations they pass. Packing is ours:
 SeqIO's has no notion of a feature that must be packed along with another one.
 
-Examples are converted in windows of `window` consecutive examples by vectorised numpy code, and
-packed within their window. The result depends on the examples and on `window`, not on timing.
+Examples are converted in windows of `window` consecutive examples by TensorFlow ops on the whole
+window, and packed within it. The result depends on the examples and on `window`, not on timing.
 """
 
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
 import tensorflow as tf
 
 from ilm_jax.data import packing
 from ilm_jax.data.packing import shift_right
 from ilm_jax.data.windows import (
+  Check,
+  Window,
   WindowFeatureConverter,
   count_per_example,
   int32_features,
@@ -53,13 +54,13 @@ class ItemLanguageFeatureConverter(WindowFeatureConverter):
     pack: whether to pack several examples into a row. SeqIO's Evaluator wants False.
     window: how many consecutive examples are packed together.
     apply_length_check: whether SeqIO checks every length, before and after (its validations 2
-      and 4). They take two thirds of the time of a converter.
+      and 4), which takes half of the time or more. The converter checks lengths in either case.
     use_custom_packing_ops: only False; T5X passes it.
 
   Raises:
     UsageError: an argument is not as described.
-    tf.errors.InvalidArgumentError: while iterating, when an example has slots != K * entities, a
-      slot in its targets, or a negative entity id. The message names and shows the example.
+    tf.errors.InvalidArgumentError: while iterating, when an example is too long, has slots != K *
+      entities, a slot in its targets, or a negative entity id. The message shows the example.
   """
 
   TASK_FEATURES = int32_features('inputs', 'targets', 'entity_ids')
@@ -97,33 +98,36 @@ class ItemLanguageFeatureConverter(WindowFeatureConverter):
     self._num_soft_tokens = num_soft_tokens
     self._window = window
 
-  def check_window(self, examples: Mapping[str, packing.Ragged]) -> tuple[int, str] | None:
-    """Returns the first example with slots != K * entities, or with a slot in its targets."""
+  def checks(self, examples: Window) -> list[Check]:
+    """Slots == K * entities, and no slot in the targets."""
     slots = count_per_example(examples['inputs'], self._slot_id)
     target_slots = count_per_example(examples['targets'], self._slot_id)
-    entities = examples['entity_ids'][1]
+    entities = examples['entity_ids'].row_lengths()
     k = self._num_soft_tokens
-    wrong = (slots != k * entities) | (target_slots > 0) | ((k == 0) & (entities > 0))
-    if not wrong.any():
-      return negative_entity(examples['entity_ids'])
-    i = int(np.flatnonzero(wrong)[0])
-    if target_slots[i]:
-      return i, (
-        f"'targets' contains the slot token {self._slot_id} ({target_slots[i]} times); targets are"
-        " text, entities belong into 'inputs'."
-      )
-    if k == 0:
-      return i, (
-        f"'inputs' contains {slots[i]} slot tokens ({self._slot_id}) and 'entity_ids'"
-        f' {entities[i]} entities, but num_soft_tokens=0 says that there are none.'
-      )
-    return i, (
-      f"'inputs' contains {slots[i]} slot tokens ({self._slot_id}), but 'entity_ids' has"
-      f' {entities[i]} entities, which need {entities[i]} * num_soft_tokens = {k * entities[i]}.'
-      ' Either the prompt was built for another num_soft_tokens, or SeqIO trimmed it to'
-      " task_feature_lengths['inputs'] or ['entity_ids']: raise that length, or have the prompt"
-      ' drop its oldest history.'
+    # No quotation marks in these messages: TensorFlow would print a backslash before each.
+    in_targets = Check(
+      target_slots > 0,
+      f'its targets contain the slot token {self._slot_id} ({{}} times); targets are text,'
+      ' entities belong into the inputs.',
+      [target_slots],
     )
+    if k == 0:
+      mismatch = Check(
+        (slots > 0) | (entities > 0),
+        f'its inputs contain {{}} slot tokens ({self._slot_id}) and its entity_ids {{}} entities,'
+        ' but num_soft_tokens=0 says that there are none.',
+        [slots, entities],
+      )
+    else:
+      mismatch = Check(
+        slots != k * entities,
+        f'its inputs contain {{}} slot tokens ({self._slot_id}), but its entity_ids have {{}}'
+        f' entities, which need {{}} * num_soft_tokens = {{}}. Either the prompt was built for'
+        ' another num_soft_tokens, or SeqIO cut it to the inputs or entity_ids of'
+        ' task_feature_lengths: raise that length, or have the prompt drop its oldest history.',
+        [slots, entities, entities, k * entities],
+      )
+    return [in_targets, mismatch, negative_entity(examples['entity_ids'])]
 
 
 class ItemLMFeatureConverter(ItemLanguageFeatureConverter):
@@ -180,23 +184,26 @@ class ItemLMFeatureConverter(ItemLanguageFeatureConverter):
     return {**dict.fromkeys(features, length), 'entity_ids': task_feature_lengths['entity_ids']}
 
   def convert_window(
-    self, examples: Mapping[str, packing.Ragged], model_feature_lengths: Mapping[str, int]
-  ) -> dict[str, np.ndarray]:
+    self, examples: Window, model_feature_lengths: Mapping[str, int]
+  ) -> dict[str, tf.Tensor]:
     """Returns the model features of a window, each int32 [rows, its length]."""
     inputs, targets = examples['inputs'], examples['targets']
-    # What a position of the decoder targets is; an empty `targets` becomes one padding target.
-    num_targets = np.maximum(targets[1], 1)
-    role = packing.concatenate_ragged(
-      (np.full_like(inputs[0], _PROMPT), inputs[1]),
-      (np.repeat(np.where(targets[1] > 0, _TARGET, 0), num_targets), num_targets),
+    # An empty `targets` (a prompt to be continued) becomes one padding target.
+    padding = tf.cast(targets.row_lengths() == 0, tf.int64)
+    blank = tf.RaggedTensor.from_row_lengths(
+      tf.zeros([tf.reduce_sum(padding)], tf.int32), padding, validate=False
     )
-    tokens = packing.concatenate_ragged(inputs, targets)[0]
-    packed_tokens = np.zeros_like(role[0])
-    packed_tokens[role[0] > 0] = tokens
+    tokens = tf.concat([inputs, targets, blank], axis=1)
+    # What a position of the decoder targets is.
+    prompt, target = (
+      feature.with_values(tf.fill(tf.shape(feature.values), value))
+      for feature, value in ((inputs, _PROMPT), (targets, _TARGET))
+    )
+    role = tf.concat([prompt, target, blank], axis=1)
     length = model_feature_lengths['decoder_target_tokens']
     packed = packing.pack_window(
       {
-        'tokens': (packed_tokens, role[1]),
+        'tokens': tokens,
         'role': role,
         'entity_ids': examples['entity_ids'],
       },
@@ -204,11 +211,11 @@ class ItemLMFeatureConverter(ItemLanguageFeatureConverter):
       pack=self.pack,
     )
     tokens, role, segment_ids = packed['tokens'], packed['role'], packed['tokens_segment_ids']
-    is_prompt = (role == _PROMPT).astype(np.int32)
+    is_prompt = tf.cast(role == _PROMPT, tf.int32)
     return {
       'decoder_input_tokens': shift_right(tokens, segment_ids, self.bos_id),
       'decoder_target_tokens': tokens,
-      'decoder_loss_weights': (role == _TARGET).astype(np.int32),
+      'decoder_loss_weights': tf.cast(role == _TARGET, tf.int32),
       # One position more than the prompt: see ItemPrefixLMFeatureConverter.
       'decoder_causal_attention': shift_right(is_prompt, segment_ids, 1),
       'decoder_segment_ids': segment_ids,
@@ -292,8 +299,8 @@ class ItemEncDecFeatureConverter(ItemLanguageFeatureConverter):
     return {name: task_feature_lengths[task_feature[name.split('_')[0]]] for name in features}
 
   def convert_window(
-    self, examples: Mapping[str, packing.Ragged], model_feature_lengths: Mapping[str, int]
-  ) -> dict[str, np.ndarray]:
+    self, examples: Window, model_feature_lengths: Mapping[str, int]
+  ) -> dict[str, tf.Tensor]:
     """Returns the model features of a window, each int32 [rows, its length]."""
     packed = packing.pack_window(
       examples,
@@ -311,7 +318,7 @@ class ItemEncDecFeatureConverter(ItemLanguageFeatureConverter):
       'encoder_positions': packed['inputs_positions'],
       'decoder_input_tokens': shift_right(packed['targets'], segment_ids, self.bos_id),
       'decoder_target_tokens': packed['targets'],
-      'decoder_loss_weights': (segment_ids > 0).astype(np.int32),
+      'decoder_loss_weights': tf.cast(segment_ids > 0, tf.int32),
       'decoder_segment_ids': segment_ids,
       'decoder_positions': packed['targets_positions'],
       'entity_ids': packed['entity_ids'],
@@ -355,13 +362,13 @@ class EntityTextFeatureConverter(WindowFeatureConverter):
     entities = task_feature_lengths['entity_ids']
     return {'text_tokens': length, 'text_mask': length, 'entity_ids': entities}
 
-  def check_window(self, examples: Mapping[str, packing.Ragged]) -> tuple[int, str] | None:
-    """Returns the first example with a negative entity id."""
-    return negative_entity(examples['entity_ids'])
+  def checks(self, examples: Window) -> list[Check]:
+    """No negative entity id."""
+    return [negative_entity(examples['entity_ids'])]
 
   def convert_window(
-    self, examples: Mapping[str, packing.Ragged], model_feature_lengths: Mapping[str, int]
-  ) -> dict[str, np.ndarray]:
+    self, examples: Window, model_feature_lengths: Mapping[str, int]
+  ) -> dict[str, tf.Tensor]:
     """Returns the model features of a window, each int32 [window, its length]."""
     lengths = {
       'targets': model_feature_lengths['text_tokens'],

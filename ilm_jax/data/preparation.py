@@ -151,6 +151,7 @@ def _titles(raw: RawData, item_keys: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _time_order(raw: RawData, users: np.ndarray, user_keys: np.ndarray) -> np.ndarray:
   """Rows sorted by (user, time); equal times keep the file's order (lexsort is stable)."""
   if raw.order != ORDER_BY_FILE:
+    assert raw.timestamps is not None  # RawData has checked it
     return np.lexsort((raw.timestamps, users))
   rows = np.argsort(users, kind='stable')
   if raw.timestamps is not None:

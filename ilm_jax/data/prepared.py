@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ilm_jax.atomic_directory import is_incomplete
 from ilm_jax.errors import UsageError
 
 DATASET_FILE = 'dataset.json'
@@ -106,12 +107,16 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
     UsageError: the directory is absent, not a prepared data set, or of another format.
   """
   path = Path(directory) / DATASET_FILE
-  if not path.is_file():
+  if is_incomplete(Path(directory)) or not path.is_file():
     raise UsageError(
-      f'{directory} is not a prepared data set: it has no {DATASET_FILE}. Make one with'
-      f' `ilm prepare --dataset=ml100k --output={directory}`.'
+      f'{directory} is not a complete prepared data set (it needs {DATASET_FILE}; a name with'
+      " '.incomplete-' is what an interrupted `ilm prepare` left). Make one with"
+      ' `ilm prepare --dataset=ml100k --output=DIR`.'
     )
-  metadata = json.loads(path.read_text())
+  try:
+    metadata = json.loads(path.read_text())
+  except ValueError as error:
+    raise UsageError(f'{path} is damaged ({error}): prepare the data set again.') from error
   if metadata.get('format_version') != FORMAT_VERSION:
     raise UsageError(
       f'{path}: format version {metadata.get("format_version")!r}, but this release reads'
@@ -121,7 +126,11 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
 
 
 def load_prepared(directory: str | Path) -> PreparedData:
-  """Loads a prepared directory and checks it against the fingerprint in its `dataset.json`."""
+  """Loads a prepared directory and checks it against the fingerprint in its `dataset.json`.
+
+  Raises:
+    UsageError: as `read_metadata`; or the records are not those that were written.
+  """
   from ilm_jax.data import tfds_io  # TensorFlow: only when records are read
 
   metadata = read_metadata(directory)

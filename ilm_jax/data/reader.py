@@ -30,7 +30,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from ilm_jax.data.sources import Columns, IndexedSource, ragged_range_gather
+from ilm_jax.data.sources import Columns, IndexedSource, is_one_to_one, ragged_range_gather
 from ilm_jax.errors import UsageError
 
 _MIN_BLOCK = 1024  # shares of a mixture are exact to one in this many, or better
@@ -210,17 +210,24 @@ def read_once(
   stream = _Stream(name, split, task_feature_lengths, seed=0, use_cached=use_cached, shuffle=False)
   rows = shards.batch_size // shards.host_count
   total = stream.num_examples
-  for step in range(math.ceil(total / shards.batch_size)):
-    begin = min(step * shards.batch_size + shards.host_index * rows, total)
-    here = tf.data.Dataset.from_tensors(tf.range(begin, min(begin + rows, total), dtype=tf.int64))
-    dataset = converter(stream.read(here), task_feature_lengths)
-    spec = dataset.element_spec
-    found = list(dataset.as_numpy_iterator())
-    batch = {key: np.zeros((rows, *s.shape), s.dtype.as_numpy_dtype) for key, s in spec.items()}
-    for i, example in enumerate(found):
-      for key, value in example.items():
-        batch[key][i] = value
-    yield {**batch, 'example_mask': np.arange(rows) < len(found)}
+  steps = math.ceil(total / shards.batch_size)
+
+  def mine(step: tf.Tensor) -> tf.Tensor:
+    begin = tf.minimum(step * shards.batch_size + shards.host_index * rows, total)
+    return tf.range(begin, tf.minimum(begin + rows, total))
+
+  # Only the last step has windows that are not full, so batches and windows coincide.
+  dataset = converter(stream.read(tf.data.Dataset.range(steps).map(mine)), task_feature_lengths)
+  specs = dataset.element_spec
+  batches = dataset.batch(rows).prefetch(2).as_numpy_iterator()
+  for _ in range(steps):
+    found = next(batches, None)
+    batch = {key: np.zeros((rows, *s.shape), s.dtype.as_numpy_dtype) for key, s in specs.items()}
+    count = 0
+    for key, value in (found or {}).items():
+      count = len(value)
+      batch[key][:count] = value
+    yield {**batch, 'example_mask': np.arange(rows) < count}
 
 
 class _Stream:
@@ -333,7 +340,14 @@ class _IndexedTask:
     self.num_examples = self._source.num_input_examples(split) or 0
     if not self.num_examples:
       raise UsageError(f'task {task.name} has no examples in split {split!r}.')
-    self._check_one_to_one()
+    if not all(is_one_to_one(p) for p in self._preprocessors()):
+      self._check_one_to_one()
+
+  def _preprocessors(self) -> list[Callable[..., tf.data.Dataset]]:
+    """What is to be run: all preprocessors, or those behind the cache."""
+    markers = [isinstance(p, seqio.CacheDatasetPlaceholder) for p in self._task.preprocessors]
+    start = markers.index(True) + 1 if self._after_cache else 0
+    return [p for p, marker in list(zip(self._task.preprocessors, markers))[start:] if not marker]
 
   def read(self, located: tf.data.Dataset, features: set[str]) -> tf.data.Dataset:
     """Runs the task's preprocessors on the examples that `located` ({index, seed}) asks for."""
@@ -341,13 +355,7 @@ class _IndexedTask:
     source = seqio.FunctionDataSource(
       lambda split, shuffle_files, seed=None: examples, splits=[self._split]
     )
-    preprocessors = list(self._task.preprocessors)
-    if self._after_cache:
-      marker = next(
-        i for i, p in enumerate(preprocessors) if isinstance(p, seqio.CacheDatasetPlaceholder)
-      )
-      preprocessors = preprocessors[marker + 1 :]
-    dataset = self._task.replace(source=source, preprocessors=preprocessors).get_dataset(
+    dataset = self._task.replace(source=source, preprocessors=self._preprocessors()).get_dataset(
       self._lengths, self._split, shuffle=False, try_in_mem_cache=False
     )
     return dataset.map(lambda ex: {k: v for k, v in ex.items() if k in features})
@@ -374,8 +382,9 @@ class MemorySource(IndexedSource):
   features. Text takes its bytes, an int32 four bytes.
   """
 
-  def __init__(self, split: str, columns: Mapping[str, Any], num_examples: int):
+  def __init__(self, split: str, columns: Mapping[str, Any], num_examples: int, bare: bool):
     self._columns = columns
+    self._bare = bare
     super().__init__({split: num_examples})
 
   @classmethod
@@ -386,6 +395,10 @@ class MemorySource(IndexedSource):
       dataset = task._get_cached_source(split).get_dataset(split, shuffle=False)  # noqa: SLF001
     else:
       dataset = task.source.get_dataset(split, shuffle=False)
+    # Text line sources give a tensor where others give a dict.
+    bare = not isinstance(dataset.element_spec, dict)
+    if bare:
+      dataset = dataset.map(lambda element: {'element': element})
     specs = {name: spec for name, spec in dataset.element_spec.items() if name != 'seed'}
     for name, spec in specs.items():
       if not isinstance(spec, tf.TensorSpec) or spec.shape.rank not in (0, 1):
@@ -398,7 +411,11 @@ class MemorySource(IndexedSource):
       for name in specs:
         rows[name].append(example[name])
     count = len(next(iter(rows.values()), []))
-    return cls(split, {name: _column(rows[name], spec) for name, spec in specs.items()}, count)
+    return cls(split, {name: _column(rows[name], spec) for name, spec in specs.items()}, count, bare)
+
+  def lookup(self, split: str, batches: tf.data.Dataset) -> tf.data.Dataset:
+    examples = super().lookup(split, batches)
+    return examples.map(lambda example: example['element']) if self._bare else examples
 
   def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
     return {name: column(indices) for name, column in self._columns.items()}

@@ -18,6 +18,7 @@ history, oldest first, each with its text and its slots.
 """
 
 import dataclasses
+import functools
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -285,6 +286,11 @@ class Renderer:
       'targets': self._gather_tokens(target),
       'entity_ids': tf.cast(entity_ids, tf.int32),
     }
+
+  @functools.cached_property
+  def traced(self) -> Callable[..., dict[str, tf.RaggedTensor]]:
+    """The same as a call, traced once for each kind of arguments and shared by all pipelines."""
+    return tf.function(self.__call__, autograph=False, reduce_retracing=True)
 
   def check_lengths(self, lengths: Mapping[str, int]) -> None:
     """Checks that every example fits once its whole history is dropped.

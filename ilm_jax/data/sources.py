@@ -14,7 +14,7 @@ lock while it waits for calls that need it.)
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import seqio
@@ -111,6 +111,7 @@ def map_batches(
   """
   ragged: set[str] = set()
 
+  @tf.autograph.experimental.do_not_convert  # no Python control flow: tracing is much faster
   def to_rectangles(batch: dict[str, Any]) -> dict[str, Any]:
     flat = {}
     for name, column in function(batch).items():
@@ -123,6 +124,7 @@ def map_batches(
         flat[name] = column
     return flat
 
+  @tf.autograph.experimental.do_not_convert
   def cut(example: dict[str, Any]) -> dict[str, Any]:
     return {
       name: value[: example[f'{name}/length']] if name in ragged else value
@@ -133,6 +135,20 @@ def map_batches(
   rectangles = batches.map(to_rectangles, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
   examples = rectangles.unbatch()
   return examples.map(cut) if ragged else examples
+
+
+_Preprocessor = TypeVar('_Preprocessor', bound=Callable[..., tf.data.Dataset])
+
+
+def one_to_one(preprocessor: _Preprocessor) -> _Preprocessor:
+  """Declares that a SeqIO preprocessor gives one example for each; the reader need not try it."""
+  preprocessor.one_to_one = True  # pyright: ignore[reportAttributeAccessIssue]
+  return preprocessor
+
+
+def is_one_to_one(preprocessor: Any) -> bool:
+  """Whether a preprocessor (or what a functools.partial wraps) was declared `one_to_one`."""
+  return getattr(getattr(preprocessor, 'func', preprocessor), 'one_to_one', False)
 
 
 def ragged_range_gather(values: tf.Tensor, starts: tf.Tensor, ends: tf.Tensor) -> tf.RaggedTensor:

@@ -39,6 +39,12 @@ def compute(prepared: PreparedData) -> dict[str, Any]:
     within = np.ones(len(prepared.items), bool)
     within[prepared.offsets[:-1][np.diff(prepared.offsets) > 0]] = False  # a user's first row
     result['equal_timestamps'] = float(np.mean(order & within[1:])) if len(order) else 0.0
+    assert prepared.validation_timestamps is not None
+    tested = prepared.test_items >= 0
+    tied = prepared.test_timestamps == prepared.validation_timestamps
+    result['test_ties'] = float(np.mean(tied[tested])) if tested.any() else 0.0
+    source = prepared.settings.get('source', {})
+    result['tie_order'] = source.get('tie_order', 'row of the source')
   if prepared.ratings is not None:
     values, counts = np.unique(prepared.ratings, return_counts=True)
     result['ratings'] = {f'{v:g}': int(c) for v, c in zip(values, counts)}
@@ -107,8 +113,12 @@ def format_report(name: str, statistics: dict[str, Any]) -> str:
     )
   if 'equal_timestamps' in s:
     lines.append(
-      f"  time ties     {s['equal_timestamps']:.1%} of a user's consecutive rows have equal times"
-      " (the file's order decides)"
+      f"  time ties     {s['equal_timestamps']:.1%} of a user's consecutive rows have equal times;"
+      ' the test item'
+    )
+    lines.append(
+      f'                of {s["test_ties"]:.1%} of users is decided by a tie (broken by'
+      f' {s["tie_order"]})'
     )
   if dropped.get('interactions'):
     lines.append(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from ilm_jax.data.prepared import PreparedData
@@ -45,8 +46,25 @@ class Recommendation(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   name = 'recommendation'
   VERSION = tfds.core.Version(_VERSION)
 
-  def _info(self) -> tfds.core.DatasetInfo:
+  @property
+  def config(self) -> RecommendationConfig:
     config = self.builder_config
+    assert isinstance(config, RecommendationConfig)
+    return config
+
+  # TFDS would warn that the config is none of a published list, speak of a download where there is
+  # none, and name a directory that is about to be renamed.
+  def _create_builder_config(self, builder_config: Any, version: Any) -> RecommendationConfig:
+    return builder_config
+
+  def _log_download_bytes(self) -> None:
+    pass
+
+  def _log_download_done(self) -> None:
+    pass
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    config = self.config
     prepared = config.prepared
     source = prepared.settings.get('source', {})
     features = {
@@ -64,8 +82,9 @@ class Recommendation(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> Mapping[str, Any]:
     del dl_manager
-    prepared = self.builder_config.prepared
-    if self.builder_config.table == 'items':
+    prepared = self.config.prepared
+    splits: dict[str, tuple[np.ndarray, Callable[[int], dict[str, Any]]]]
+    if self.config.table == 'items':
       train = np.flatnonzero(~prepared.heldout_items)
       heldout = np.flatnonzero(prepared.heldout_items)
       record = _ItemRecord(prepared)
@@ -82,7 +101,7 @@ class Recommendation(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     }
 
   def _generate_examples(self, ids: np.ndarray, record: Callable[[int], dict]) -> Any:
-    if self.builder_config.use_beam:
+    if self.config.use_beam:
       import apache_beam as beam
 
       return beam.Create([int(i) for i in ids]) | beam.Map(lambda i: (i, record(i)))
@@ -159,20 +178,25 @@ def _item_features(prepared: PreparedData) -> dict[str, Any]:
 
 
 def write(prepared: PreparedData, directory: Path, *, use_beam: bool = False) -> None:
-  """Writes both tables below `directory`, which becomes a TFDS data directory."""
+  """Writes both tables below `directory`, which becomes a TFDS data directory.
+
+  Turns TFDS's progress bars off in this process.
+  """
+  tfds.disable_progress_bar()
   download_config = None
   if use_beam:
-    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
 
-    download_config = tfds.download.DownloadConfig(
-      beam_options=beam.options.pipeline_options.PipelineOptions()
-    )
+    download_config = tfds.download.DownloadConfig(beam_options=PipelineOptions())
   for table in ('interactions', 'items'):
     config = RecommendationConfig(
       name=f'{prepared.name}_{table}', prepared=prepared, table=table, use_beam=use_beam
     )
     builder = Recommendation(data_dir=str(directory), config=config)
     builder.download_and_prepare(download_config=download_config)
+  # TFDS makes these for every builder; they are empty, for nothing was downloaded.
+  for folder in ('downloads/extracted', 'downloads'):
+    (directory / folder).rmdir()
 
 
 def _columns(directory: Path, split: str) -> dict[str, list[Any]]:
@@ -180,9 +204,10 @@ def _columns(directory: Path, split: str) -> dict[str, list[Any]]:
   builder = tfds.builder_from_directory(str(directory))
   if split not in builder.info.splits:
     return {}
-  columns: dict[str, list[Any]] = {name: [] for name in builder.info.features}
-  dataset = builder.as_dataset(split=split, shuffle_files=False).ragged_batch(_READ_BATCH)
-  for batch in dataset:
+  features: Any = builder.info.features
+  columns: dict[str, list[Any]] = {name: [] for name in features}
+  dataset: Any = builder.as_dataset(split=split, shuffle_files=False)  # pyright: ignore[reportCallIssue]
+  for batch in dataset.ragged_batch(_READ_BATCH):
     for name, value in batch.items():
       if hasattr(value, 'row_splits'):
         splits = value.row_splits.numpy()
@@ -199,7 +224,20 @@ def read(directory: Path, metadata: Mapping[str, Any]) -> PreparedData:
   Args:
     directory: the TFDS data directory.
     metadata: `dataset.json`.
+
+  Raises:
+    UsageError: a file is missing or damaged.
   """
+  try:
+    return _read(directory, metadata)
+  except (OSError, tf.errors.OpError, tfds.core.DatasetNotFoundError) as error:
+    raise UsageError(
+      f'{directory}: the records cannot be read ({error}). Something changed or damaged the'
+      ' prepared data set: prepare it again.'
+    ) from error
+
+
+def _read(directory: Path, metadata: Mapping[str, Any]) -> PreparedData:
   name = metadata['name']
   base = directory / Recommendation.name
   interactions = base / f'{name}_interactions' / _VERSION

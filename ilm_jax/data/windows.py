@@ -1,23 +1,34 @@
 """A SeqIO feature converter that sees a window of consecutive examples at once."""
 
 import abc
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
-from ilm_jax.data import packing
-
 FeatureSpec = seqio.FeatureConverter.FeatureSpec
 
-# Marks the end of an example while a window is a rectangle. No token and no entity is this value.
-_ABSENT = np.iinfo(np.int32).min
-# Windows converted ahead. tf.data keeps their order, so the number changes speed only.
-_PARALLEL_WINDOWS = 2
 _INDEX = 'index'  # of an example in the data set, for messages
 _SHOWN_TOKENS = 64  # of an example, in messages
+
+Window = Mapping[str, tf.RaggedTensor]  # feature -> [n, None] int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A condition that examples of a window must not meet.
+
+  Attributes:
+    wrong: [n] bool, true where the example is wrong.
+    message: what to say of the first wrong one, with `{}` for each of `numbers`.
+    numbers: [n] integers each, of which the wrong example's are shown.
+  """
+
+  wrong: tf.Tensor
+  message: str
+  numbers: Sequence[tf.Tensor]
 
 
 def int32_features(*names: str) -> dict[str, FeatureSpec]:
@@ -30,89 +41,104 @@ class WindowFeatureConverter(seqio.FeatureConverter):
   PACKING_FEATURE_DTYPES: ClassVar[Mapping[str, Any]] = {}
   _window: int = 256
 
+  def __init__(self, **kwargs: Any):
+    super().__init__(**kwargs)
+    self._traced: dict[Any, Any] = {}
+
   @abc.abstractmethod
-  def check_window(self, examples: Mapping[str, packing.Ragged]) -> tuple[int, str] | None:
-    """Returns (example of the window, what is wrong with it), or None if all is well."""
+  def checks(self, examples: Window) -> list[Check]:
+    """What must not be, most telling first."""
 
   @abc.abstractmethod
   def convert_window(
-    self, examples: Mapping[str, packing.Ragged], model_feature_lengths: Mapping[str, int]
-  ) -> dict[str, np.ndarray]:
-    """Returns the model features, each int32 [rows, its length]."""
+    self, examples: Window, model_feature_lengths: Mapping[str, int]
+  ) -> dict[str, tf.Tensor]:
+    """Returns (at least) the model features, each int32 [rows, its length]."""
 
   def _convert_features(
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
-    task_features = list(self.TASK_FEATURES)
+    names = list(self.TASK_FEATURES)
     lengths = dict(self.get_model_feature_lengths(task_feature_lengths))
-    model_features = list(lengths)
 
-    def convert(first: np.ndarray, *rectangles: np.ndarray) -> tuple:
-      examples = {}
-      for name, rectangle in zip(task_features, rectangles):
-        present = rectangle != _ABSENT
-        examples[name] = rectangle[present], present.sum(axis=1)
-      problem = self.check_window(examples)
-      if problem is not None:
-        # Raised by tf.debugging.Assert below: an exception of this function would reach the
-        # user wrapped in the stack of tf.data, with the message somewhere in the middle.
-        index, message = problem
-        shown = '; '.join(_show(name, examples[name], index) for name in task_features)
-        empty = [np.zeros((0, lengths[name]), np.int32) for name in model_features]
-        return (f'example {first + index} of the data set: {message} The example: {shown}', *empty)
+    def convert(window: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      examples = {
+        name: tf.RaggedTensor.from_tensor(window[name], window[f'{name}/length'])
+        for name in names
+      }
+      checks = [_too_long(n, examples[n], task_feature_lengths[n]) for n in names]
+      checks += self.checks(examples)
+      with tf.control_dependencies([_assert_none_wrong(checks, examples, window[_INDEX])]):
+        examples = {name: feature.with_values(tf.identity(feature.values))
+                    for name, feature in examples.items()}  # fmt: skip
       features = self.convert_window(examples, lengths)
-      return ('', *(features[name] for name in model_features))
+      return {n: tf.ensure_shape(features[n], [None, size]) for n, size in lengths.items() if size}
 
-    def convert_tf(window: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-      problem, *features = tf.numpy_function(
-        convert,
-        [window[_INDEX][0], *(window[name] for name in task_features)],
-        [tf.string, *(tf.int32 for _ in model_features)],
-        stateful=False,
-      )
-      with tf.control_dependencies([tf.debugging.Assert(tf.equal(problem, ''), [problem])]):
-        return {
-          name: tf.ensure_shape(feature, [None, lengths[name]])
-          for name, feature in zip(model_features, features)
-        }
+    @tf.autograph.experimental.do_not_convert
+    def with_lengths(index: tf.Tensor, example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+      features = {name: example[name] for name in names}
+      sizes = {f'{name}/length': tf.size(example[name]) for name in names}
+      return {_INDEX: index, **features, **sizes}
 
-    ds = ds.enumerate().map(
-      lambda index, example: {_INDEX: index, **{name: example[name] for name in task_features}}
-    )
     # Rectangles are ten times faster to make than a RaggedTensor.
-    ds = ds.padded_batch(
-      self._window,
-      padded_shapes={_INDEX: tf.TensorShape([])}
-      | dict.fromkeys(task_features, tf.TensorShape([None])),
-      padding_values={_INDEX: np.int64(0)} | dict.fromkeys(task_features, np.int32(_ABSENT)),
-    )
-    ds = ds.map(convert_tf, num_parallel_calls=_PARALLEL_WINDOWS, deterministic=True)
-    return ds.unbatch()
+    ds = ds.enumerate().map(with_lengths).padded_batch(self._window)
+    # Traced once for all pipelines of this converter (autograph has nothing to convert).
+    key = tuple(sorted(task_feature_lengths.items()))
+    traced = self._traced.setdefault(key, tf.function(convert, autograph=False))
+    ds = ds.map(traced, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    ds = ds.unbatch()
+    # Features of length 0 (entity_ids of text-only tasks) are added now: unbatching them crashes.
+    empty = {name: tf.zeros([0], tf.int32) for name, size in lengths.items() if not size}
+    return ds.map(lambda example: {**example, **empty}) if empty else ds
 
 
-def count_per_example(feature: packing.Ragged, token: int) -> np.ndarray:
-  values, lengths = feature
-  example = np.repeat(np.arange(len(lengths)), lengths)
-  return np.bincount(example[values == token], minlength=len(lengths))
+def count_per_example(feature: tf.RaggedTensor, token: int) -> tf.Tensor:
+  """How often each example of a [n, None] feature contains `token`: [n] int64."""
+  return tf.reduce_sum(tf.cast(feature == token, tf.int64), axis=1)
 
 
-def negative_entity(entity_ids: packing.Ragged) -> tuple[int, str] | None:
-  values, lengths = entity_ids
-  if (values >= 0).all():
-    return None
-  position = int(np.flatnonzero(values < 0)[0])
-  example = int(np.searchsorted(np.cumsum(lengths), position, side='right'))
-  return example, (
-    f"'entity_ids' contains {values[position]}; entities are numbered from 0, and negative ids"
-    ' are kept for padding.'
+def negative_entity(entity_ids: tf.RaggedTensor) -> Check:
+  # The 0 makes the smallest entity of an example without any defined.
+  zero = tf.zeros([entity_ids.nrows(), 1], tf.int32)
+  smallest = tf.reduce_min(tf.concat([entity_ids, zero], axis=1), axis=1)
+  return Check(
+    smallest < 0,
+    'its entity_ids contain {}; entities are numbered from 0, and negative ids are kept for'
+    ' padding.',
+    [smallest],
   )
 
 
-def _show(name: str, feature: packing.Ragged, example: int) -> str:
-  """Returns e.g. 'inputs = [7, 9, 9, 5] (4)', cut after the first tokens."""
-  values, lengths = feature
-  start = int(lengths[:example].sum())
-  size = int(lengths[example])
-  shown = values[start : start + min(size, _SHOWN_TOKENS)].tolist()
-  dots = ' ...' if size > _SHOWN_TOKENS else ''
-  return f'{name} = {shown}{dots} (length {size})'
+def _too_long(name: str, feature: tf.RaggedTensor, limit: int) -> Check:
+  sizes = feature.row_lengths()
+  return Check(
+    sizes > limit,
+    f'its {name} have length {{}}, but task_feature_lengths allows {limit}. Raise that length, or'
+    ' have the prompt drop its oldest history.',
+    [sizes],
+  )
+
+
+def _assert_none_wrong(
+  checks: Sequence[Check], examples: Window, indices: tf.Tensor
+) -> tf.Operation:
+  failed = tf.stack([tf.reduce_any(check.wrong) for check in checks])
+
+  def describe() -> tf.Tensor:
+    return tf.stack([describe_first(check) for check in checks])[tf.argmax(tf.cast(failed, tf.int32))]
+
+  def describe_first(check: Check) -> tf.Tensor:
+    i = tf.argmax(tf.cast(check.wrong, tf.int32))
+    shown = '; '.join(f'{name} = {{}} (length {{}})' for name in examples)
+    values = [feature[i] for feature in examples.values()]
+    sized = [x for value in values for x in (value, tf.size(value))]
+    return tf.strings.format(
+      f'example {{}} of the data set: {check.message} The example: {shown}',
+      [indices[i], *(number[i] for number in check.numbers), *sized],
+      summarize=_SHOWN_TOKENS // 2,
+    )
+
+  # The message is only put together where there is something to say.
+  any_failed = tf.reduce_any(failed)
+  message = tf.cond(any_failed, describe, lambda: tf.constant(''))
+  return tf.debugging.Assert(tf.logical_not(any_failed), [message])

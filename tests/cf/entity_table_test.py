@@ -164,7 +164,7 @@ def test_load_refuses_what_was_changed_or_cut(tmp_path, table):
   with pytest.raises(UsageError, match='not a complete entity table'):
     EntityTable.load(tmp_path / 'nowhere')
   with pytest.raises(UsageError, match='interrupted save'):  # all written, never published
-    EntityTable.load(saved('whole').rename(tmp_path / '.cf.partial-x1'))
+    EntityTable.load(saved('whole').rename(tmp_path / '.cf.incomplete-x1'))
 
 
 _SAVE = """
@@ -182,9 +182,9 @@ table.save(sys.argv[1])
 def test_kill_9_during_save_leaves_nothing_that_loads(tmp_path, sign):
   """Kills the saving process as soon as the named thing exists; the directory never does."""
   pattern = {
-    'directory': '.cf.partial-*',
-    'vectors': f'.cf.partial-*/{entity_table.VECTORS_FILE}',
-    'metadata': f'.cf.partial-*/{entity_table.METADATA_FILE}',
+    'directory': '.cf.incomplete-*',
+    'vectors': f'.cf.incomplete-*/{entity_table.VECTORS_FILE}',
+    'metadata': f'.cf.incomplete-*/{entity_table.METADATA_FILE}',
   }[sign]
   command = [sys.executable, '-c', _SAVE, str(tmp_path / 'cf')]
   with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
@@ -198,7 +198,7 @@ def test_kill_9_during_save_leaves_nothing_that_loads(tmp_path, sign):
     return
   assert process.returncode == -signal.SIGKILL
   left = list(tmp_path.iterdir())
-  assert [path.name.startswith('.cf.partial-') for path in left] == [True]
+  assert [path.name.startswith('.cf.incomplete-') for path in left] == [True]
   with pytest.raises(UsageError, match='not a complete entity table'):
     EntityTable.load(left[0])
   with pytest.raises(UsageError, match='not a complete entity table'):

@@ -191,16 +191,7 @@ def test_reference_figures_of_movielens_100k():
   from ilm_jax.data.preparation import PreparationOptions, prepare
   from ilm_jax.tasks import movielens
 
-  raw = movielens.ml100k()
-  rows = np.argsort(np.array([int(item) for item in raw.items]), kind='stable')
-  raw = dataclasses.replace(
-    raw,
-    users=raw.users[rows],
-    items=raw.items[rows],
-    timestamps=raw.timestamps[rows],
-    ratings=raw.ratings[rows],
-  )
-  prepared = prepare(raw, PreparationOptions())
+  prepared = prepare(movielens.ml100k(), PreparationOptions())
   assert (prepared.num_users, prepared.num_items) == (943, 1349)
   assert prepared.num_interactions == 99_287
   expected = {

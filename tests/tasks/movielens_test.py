@@ -194,6 +194,8 @@ def test_ml100k_is_the_real_one():
   assert len(set(raw.users)) == 943
   assert set(raw.items) == set(raw.item_ids)
   assert len(raw.item_ids) == 1_682
+  assert (np.diff(raw.items.astype(int)) >= 0).all()  # ties in time are in the order of the ids
+  assert raw.provenance['tie_order'] == 'item id'
   # MovieLens's README: ratings 1 to 5, from 19 September 1997 to 22 April 1998.
   assert np.unique(raw.ratings).tolist() == [1, 2, 3, 4, 5]
   first, last = pd.to_datetime([raw.timestamps.min(), raw.timestamps.max()], unit='s')

@@ -1,0 +1,77 @@
+"""The `ilm` command: `ilm COMMAND --flag=value ...`. Each command is one function of one module."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import ilm_jax
+from ilm_jax.errors import UsageError, did_you_mean
+
+# Command -> what it does. Command `x` is the function `x` of `ilm_jax/x.py`, imported when asked
+# for: `ilm --help` waits for no TensorFlow.
+COMMANDS = {
+  'prepare': 'make a prepared data set: splits, ids, statistics, entity table, rankers',
+  'embed': 'make or import another entity table for a prepared data set',
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command.
+
+  Args:
+    argv: the words after `ilm`; None takes those of this process.
+
+  Returns:
+    The exit status: 0; 2 for a mistake in what the user gave, which is told without a traceback;
+    130 after Ctrl-C. Everything else that goes wrong is raised.
+  """
+  argv = list(sys.argv[1:] if argv is None else argv)
+  # A console script has its own folder on the path; the user's modules are where the user is.
+  if os.getcwd() not in sys.path:
+    sys.path.append(os.getcwd())
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # TensorFlow tells of each library it lacks
+  try:
+    return _run(argv)
+  except UsageError as error:
+    sys.stdout.flush()
+    print(f'ilm: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('ilm: interrupted', file=sys.stderr)
+    return 130
+
+
+def _run(argv: list[str]) -> int:
+  command = argv[0] if argv else '--help'
+  if command in ('--help', '-h', 'help'):
+    print(_help())
+    return 0
+  if command == '--version':
+    print(f'ilm_jax {ilm_jax.__version__}')
+    return 0
+  if command not in COMMANDS:
+    raise UsageError(
+      f'unknown command {command!r}.{did_you_mean(command, COMMANDS)} Commands:'
+      f' {", ".join(COMMANDS)}; `ilm --help` tells what they do.'
+    )
+  function = getattr(importlib.import_module(f'ilm_jax.{command}'), command)
+  from ilm_jax import config_flags
+
+  config_flags.run(function, argv[1:], other_commands=COMMANDS)
+  return 0
+
+
+def _help() -> str:
+  width = max(map(len, COMMANDS))
+  commands = '\n'.join(f'  {name:<{width}}  {what}' for name, what in COMMANDS.items())
+  return (
+    'usage: ilm COMMAND [--FLAG=VALUE ...] [--gin_file=FILE ...] [--gin.NAME=VALUE ...]\n\n'
+    'Item-Language Models in JAX: recommendation through a frozen language model.\n\n'
+    f'Commands:\n{commands}\n\n'
+    '`ilm COMMAND --help` tells its flags; `ilm --version` the version.'
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,91 @@
+"""What tests share: which of them run, and data to run on."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Before anything imports TensorFlow or NumPy's BLAS.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
+
+import numpy as np
+import pytest
+
+from ilm_jax.data.preparation import PreparationOptions, prepare
+from ilm_jax.data.prepared import PreparedData
+from ilm_jax.data.raw import RawData
+
+
+def pytest_collection_modifyitems(config, items):
+  parity = 'parity' in config.option.markexpr
+  chosen = [item for item in items if parity or 'parity' not in item.keywords]
+  config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+  items[:] = chosen
+  if os.environ.get('ILM_OFFLINE') == '1':
+    for item in items:
+      if 'network' in item.keywords:
+        item.add_marker(pytest.mark.skip(reason='ILM_OFFLINE=1'))
+
+
+@pytest.fixture(scope='session')
+def ml100k_directory(tmp_path_factory) -> Path:
+  """MovieLens-100K as `ilm prepare` makes it, once for all workers; its output is in ../stdout.
+
+  Tests that use it are marked `network`: the data are fetched where they are not in the cache.
+  """
+  base = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    base = base.parent  # the workers' common directory
+  directory = base / 'shared' / 'ml100k'
+  directory.parent.mkdir(exist_ok=True)
+  with open(directory.parent / 'lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not directory.exists():
+      command = [sys.executable, '-m', 'ilm_jax.main', 'prepare']
+      done = subprocess.run(
+        [*command, '--dataset=ml100k', f'--output={directory}'], capture_output=True, text=True
+      )
+      (directory.parent / 'stdout').write_text(done.stdout)
+      assert done.returncode == 0, done.stderr
+  return directory
+
+
+@pytest.fixture(scope='session')
+def small_prepared() -> PreparedData:
+  """A small data set with the traits of a real one: 60 users, up to 40 items, ratings, text.
+
+  Popularity is skewed, some rows of a user have equal times, one item has no genres, and two have
+  one title.
+  """
+  rng = np.random.default_rng(0)
+  num_users, num_items = 60, 40
+  weights = 1 / np.arange(1, num_items + 1) ** 0.7
+  users, items, times = [], [], []
+  for user in range(num_users):
+    count = int(rng.integers(5, 20))
+    chosen = rng.choice(num_items, count, replace=False, p=weights / weights.sum())
+    users += [f'u{user:02}'] * count
+    items += [f'i{item:02}' for item in chosen]
+    times += (1_000_000 + np.cumsum(rng.integers(0, 3, count))).tolist()
+  order = rng.permutation(len(users))
+  genres = ['Action', 'Comedy', 'Drama', 'Sci-Fi']
+  titles = [f'Film Number {i} ({1950 + i})' for i in range(num_items)]
+  titles[7] = titles[8]
+  raw = RawData(
+    name='small',
+    users=np.array(users, dtype=object)[order],
+    items=np.array(items, dtype=object)[order],
+    timestamps=np.array(times, np.int64)[order],
+    ratings=rng.integers(1, 6, len(users)).astype(np.float32),
+    order='timestamp',
+    item_ids=np.array([f'i{item:02}' for item in range(num_items)], dtype=object),
+    item_text={
+      'title': titles,
+      'genres': ['' if i == 3 else f'{genres[i % 4]}, {genres[i // 4 % 4]}' for i in range(40)],
+      'year': [str(1950 + i) for i in range(num_items)],
+    },
+    provenance={'source': 'tests/conftest.py', 'licence': 'Apache-2.0'},
+  )
+  return prepare(raw, PreparationOptions(k_core=3))

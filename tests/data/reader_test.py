@@ -1,0 +1,280 @@
+"""The reader: every example once an epoch, any number of hosts, resume at any step."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import seqio
+import tensorflow as tf
+
+from ilm_jax.data.feature_converter import ItemLMFeatureConverter
+from ilm_jax.data.reader import BatchReader, InputShards, read_once
+from ilm_jax.data.vocabularies import ByteVocabulary
+from ilm_jax.errors import UsageError
+from ilm_jax.tasks import recommendation
+
+VOCABULARY = ByteVocabulary()
+LENGTHS = {'inputs': 300, 'targets': 60, 'entity_ids': 12}
+MIXTURE = 'reader_openp5_title'
+TASK = 'reader_straightforward_seen_id'
+
+
+@pytest.fixture(scope='module', autouse=True)
+def prepared(small_prepared):
+  p = dataclasses.replace(small_prepared, name='reader')
+  recommendation.register_recommendation_tasks(p, VOCABULARY, num_soft_tokens=2)
+  return p
+
+
+def converter(pack=False, window=32):
+  return ItemLMFeatureConverter(
+    slot_id=VOCABULARY.slot_id, num_soft_tokens=2, bos_id=0, pack=pack, window=window
+  )
+
+
+def reader(name=MIXTURE, pack=False, shards=InputShards(8), **overrides):
+  arguments = {
+    'split': 'train',
+    'task_feature_lengths': LENGTHS,
+    'converter': converter(pack),
+    'shards': shards,
+    'seed': 5,
+    'packing_window': 32,
+    **overrides,
+  }
+  return BatchReader(name, **arguments)
+
+
+def take(batches, n):
+  return list(itertools.islice(batches, n))
+
+
+def assert_equal_batches(left, right):
+  assert left.keys() == right.keys()
+  for key in left:
+    np.testing.assert_array_equal(left[key], right[key], err_msg=key)
+
+
+def rows(batch):
+  return [tuple(map(tuple, (batch['decoder_target_tokens'][i], batch['entity_ids'][i])))
+          for i in range(len(batch['entity_ids']))]  # fmt: skip
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_starting_at_a_step_equals_reading_up_to_it(pack):
+  straight = take(reader(pack=pack), 9)
+  for start in (1, 7):
+    resumed = take(reader(pack=pack, start_step=start), 9 - start)
+    for a, b in zip(straight[start:], resumed):
+      assert_equal_batches(a, b)
+
+
+def test_packed_resume_from_a_saved_position_however_often():
+  straight = take(reader(pack=True), 12)
+  position, step = None, 0
+  for steps in (1, 3, 5):
+    running = reader(pack=True, start_step=step, position=position)
+    for batch in straight[step : step + steps]:
+      assert_equal_batches(batch, next(running))
+    position, step = running.position(), step + steps
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('hosts', [2])
+def test_the_global_batch_does_not_depend_on_the_number_of_hosts(pack, hosts):
+  whole = take(reader(pack=pack, shards=InputShards(8, num_shards=2)), 3)
+  parts = [
+    take(reader(pack=pack, shards=InputShards(8, 2, host, hosts)), 3) for host in range(hosts)
+  ]
+  for step, batch in enumerate(whole):
+    joined = {key: np.concatenate([p[step][key] for p in parts]) for key in batch}
+    assert_equal_batches(batch, joined)
+
+
+def test_without_packing_the_batch_does_not_even_depend_on_the_number_of_shards():
+  for one, two in zip(take(reader(), 3), take(reader(shards=InputShards(8, 2)), 3)):
+    assert_equal_batches(one, two)
+
+
+def test_each_example_exactly_once_an_epoch_over_all_hosts():
+  hosts = 2
+  everything = read_all(TASK)
+  size = 32 * hosts
+  epochs = []
+  readers = [
+    reader(TASK, shards=InputShards(size, hosts, host, hosts)) for host in range(hosts)
+  ]
+  stream = []
+  while len(stream) < 2 * len(everything) + size:
+    for one in readers:
+      stream.extend(entities_and_targets(next(one)))
+  for epoch in range(2):
+    part = stream[epoch * len(everything) : (epoch + 1) * len(everything)]
+    epochs.append(part)
+    assert sorted(part) == sorted(everything)
+  assert epochs[0] != epochs[1]
+
+
+def entities_and_targets(batch):
+  # The prompt's wording is drawn anew each epoch; the user and the target are the example.
+  found = []
+  for i in range(len(batch['entity_ids'])):
+    on = batch['decoder_loss_weights'][i] == 1
+    found.append((int(batch['entity_ids'][i][0]), tuple(batch['decoder_target_tokens'][i][on])))
+  return found
+
+
+def read_all(name):
+  batches = read_once(
+    name, split='train', task_feature_lengths=LENGTHS, converter=converter(), shards=InputShards(16)
+  )
+  found = []
+  for batch in batches:
+    kept = {k: v[batch['example_mask']] for k, v in batch.items()}
+    found.extend(entities_and_targets(kept))
+  return found
+
+
+def test_another_seed_is_another_order():
+  a, b = (take(reader(seed=seed), 1)[0] for seed in (1, 2))
+  assert rows(a) != rows(b)
+
+
+def test_mixture_shares(prepared):
+  name = 'reader_multitask_title'
+  mixture = seqio.MixtureRegistry.get(name)
+  rates = np.array([mixture.get_rate(task) for task in mixture.tasks])
+  running = reader(name, shards=InputShards(64))
+  # Item descriptions are the examples with one item as their only entity and no user.
+  described = sum(
+    int((batch['entity_ids'][:, 0] < prepared.num_items).sum())
+    for batch in take(running, 16)
+    for batch in [{'entity_ids': np.where(batch['entity_ids'][:, 1:2] >= 0, 10**6,
+                                          batch['entity_ids'])}]
+  )  # fmt: skip
+  names = [task.name for task in mixture.tasks]
+  share = rates[names.index('reader_item_description_seen_title')] / rates.sum()
+  assert abs(described - 1024 * share) <= 1
+
+
+def test_packing_loses_nothing(prepared):
+  unpacked = entities_and_targets_of_stream(take(reader(TASK, shards=InputShards(32)), 4))
+  packed = []
+  running = reader(TASK, pack=True, shards=InputShards(2))
+  while len(packed) < len(unpacked) * 2:
+    batch = next(running)
+    for i in range(len(batch['entity_ids'])):
+      for segment in range(1, batch['decoder_segment_ids'][i].max() + 1):
+        on = (batch['decoder_segment_ids'][i] == segment) & (batch['decoder_loss_weights'][i] == 1)
+        packed.append(tuple(batch['decoder_target_tokens'][i][on]))
+  # Both streams are the same examples; packing reorders within windows of 32.
+  for window in range(4):
+    part = slice(32 * window, 32 * (window + 1))
+    assert sorted(packed[part]) == sorted(target for _, target in unpacked[part])
+
+
+def entities_and_targets_of_stream(batches):
+  return [x for batch in batches for x in entities_and_targets(batch)]
+
+
+@pytest.mark.parametrize('hosts', [1, 2])
+def test_read_once_pads_the_last_batch_on_every_host(prepared, hosts):
+  name = 'reader_sequential_seen_title'
+  total = int((prepared.test_items >= 0).sum())
+  per_host = [
+    list(
+      read_once(
+        name,
+        split='test',
+        task_feature_lengths=LENGTHS,
+        converter=converter(),
+        shards=InputShards(16, hosts, host, hosts),
+      )
+    )
+    for host in range(hosts)
+  ]
+  assert len({len(batches) for batches in per_host}) == 1
+  assert all(b['entity_ids'].shape == (16 // hosts, 12) for batches in per_host for b in batches)
+  assert sum(int(b['example_mask'].sum()) for batches in per_host for b in batches) == total
+  last = per_host[-1][-1]
+  assert not last['decoder_loss_weights'][~last['example_mask']].any()
+
+
+def test_any_seqio_source_resumes_exactly(tmp_path):
+  """A task as a user of SeqIO writes it: text lines, a map, a tokenizer."""
+  path = tmp_path / 'lines.txt'
+  path.write_text('\n'.join(f'question {i}\tanswer {i}' for i in range(37)))
+
+  def split_line(dataset):
+    def split(example):
+      parts = tf.strings.split(example['text'], '\t')
+      return {'inputs': parts[0], 'targets': parts[1], 'entity_ids': tf.zeros([0], tf.int32)}
+
+    return dataset.map(split)
+
+  plain = seqio.ByteVocabulary()
+  features = {
+    'inputs': seqio.Feature(plain),
+    'targets': seqio.Feature(plain),
+    'entity_ids': seqio.Feature(seqio.PassThroughVocabulary(10)),
+  }
+
+  def tokenize(dataset, output_features):
+    text_features = {k: v for k, v in output_features.items() if k != 'entity_ids'}
+    return seqio.preprocessors.tokenize(dataset, text_features, copy_pretokenized=False)
+
+  def source():
+    return seqio.TextLineDataSource({'train': str(path)})
+
+  def to_dict(dataset):
+    return dataset.map(lambda line: {'text': line})
+
+  name = 'reader_lines'
+  seqio.TaskRegistry.add(
+    name, source=source(), preprocessors=[to_dict, split_line, tokenize],
+    output_features=features,
+  )  # fmt: skip
+  text_only = ItemLMFeatureConverter(slot_id=VOCABULARY.slot_id, num_soft_tokens=0, bos_id=0)
+  lengths = {'inputs': 30, 'targets': 30, 'entity_ids': 0}
+
+  def read(start):
+    return reader(
+      name, converter=text_only, task_feature_lengths=lengths, shards=InputShards(4),
+      start_step=start,
+    )  # fmt: skip
+
+  straight = take(read(0), 12)
+  for a, b in zip(straight[5:], take(read(5), 7)):
+    assert_equal_batches(a, b)
+  first_epoch = [tuple(row) for batch in straight for row in batch['decoder_target_tokens']][:37]
+  assert len(set(first_epoch)) == 37
+
+
+def test_filtering_preprocessors_are_refused(prepared):
+  task = seqio.TaskRegistry.get(TASK)
+  seqio.TaskRegistry.add(
+    'reader_filtered',
+    source=task.source,
+    preprocessors=[lambda ds: ds.filter(lambda ex: ex['user'] % 2 == 0), *task.preprocessors[1:]],
+    output_features=task.output_features,
+  )
+  with pytest.raises(UsageError, match='reader_filtered: 64 source examples became'):
+    reader('reader_filtered')
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ({'batch_size': 9, 'num_shards': 2}, 'batch_size=9'),
+    ({'batch_size': 8, 'num_shards': 2, 'host_count': 4}, 'num_shards=2 .* 4 hosts'),
+  ],
+)
+def test_sizes_that_do_not_divide(arguments, message):
+  with pytest.raises(UsageError, match=message):
+    InputShards(**arguments)
+
+
+def test_an_unknown_split():
+  with pytest.raises(UsageError, match="no split 'dev'"):
+    reader(split='dev')

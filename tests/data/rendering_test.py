@@ -1,0 +1,218 @@
+"""Rendering against an oracle that builds strings and tries every history length."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from ilm_jax.data import rendering
+from ilm_jax.data.prompts import Slot, parse_template
+from ilm_jax.data.rendering import ID_FORM, TITLE_FORM, Renderer
+from ilm_jax.data.vocabularies import ByteVocabulary
+from ilm_jax.errors import UsageError
+
+VOCABULARY = ByteVocabulary()
+PROMPTS = (
+  '{user} took {history}. What next?',
+  'After {history}: what would {user:soft} like?',
+  '{history:text} ({user})',
+  'Anything for {user}?',
+  '{history:soft}',
+)
+
+
+def template(prompt, target='{target}', fields=('title', 'genres')):
+  return parse_template('t', 'seen', prompt, target, dataset='BOOKS', where='x', fields=fields)
+
+
+def renderer(prepared, prompts, target='{target}', **overrides):
+  arguments = {'num_soft_tokens': 2, 'entity_text': TITLE_FORM, 'dataset': 'BOOKS', **overrides}
+  return Renderer([template(p, target) for p in prompts], prepared, VOCABULARY, **arguments)
+
+
+def batch(prepared, n=12, longest=6, seed=0):
+  rng = np.random.default_rng(seed)
+  history = [rng.integers(0, prepared.num_items, rng.integers(0, longest + 1)) for _ in range(n)]
+  return {
+    'user': tf.constant(rng.integers(0, prepared.num_users, n), tf.int32),
+    'target': tf.constant(rng.integers(0, prepared.num_items, n), tf.int32),
+    'history': tf.ragged.constant([h.tolist() for h in history], tf.int32, 1),
+    'seed': tf.constant(np.stack([np.full(n, 7), np.arange(n)], 1), tf.int64),
+  }
+
+
+def oracle_prompt(prepared, parsed, example, form, k, max_inputs, max_entities):
+  """The longest-history prompt that fits: a list of text pieces and slot groups, then bytes."""
+
+  def build(history):
+    tokens, entities = [], []
+
+    def entity(text, entity_id, mode, spaced):
+      if mode != 'soft':
+        tokens.extend(VOCABULARY.encode((' ' if spaced else '') + text))
+      if mode != 'text' and k:
+        tokens.extend([VOCABULARY.slot_id] * k)
+        entities.append(entity_id)
+
+    for part in parsed.prompt:
+      if not isinstance(part, Slot):
+        tokens.extend(VOCABULARY.encode(part))
+      elif part.name == 'user':
+        text = rendering.user_texts(prepared, form.user, 'BOOKS')[example['user']]
+        entity(text, prepared.num_items + example['user'], part.mode, part.spaced)
+      else:
+        for place, item in enumerate(history):
+          if place:
+            tokens.extend(VOCABULARY.encode(','))
+          entity(rendering.item_texts(prepared, form.item, 'BOOKS')[item], item, part.mode, True)
+    return tokens, entities
+
+  full = example['history']
+  for dropped in range(len(full) + 1):
+    tokens, entities = build(full[dropped:])
+    if len(tokens) <= max_inputs and len(entities) <= max_entities:
+      return tokens, entities
+  raise AssertionError('does not fit')
+
+
+@pytest.mark.parametrize('prompt', PROMPTS)
+@pytest.mark.parametrize('k', [0, 1, 3])
+@pytest.mark.parametrize(('max_inputs', 'max_entities'), [(10_000, 100), (90, 100), (10_000, 3)])
+@pytest.mark.parametrize('form', [TITLE_FORM, ID_FORM], ids=['title', 'id'])
+def test_equals_the_oracle(small_prepared, prompt, k, max_inputs, max_entities, form):
+  examples = batch(small_prepared)
+  rendered = renderer(small_prepared, [prompt], num_soft_tokens=k, entity_text=form)(
+    examples, max_inputs=max_inputs, max_entities=max_entities
+  )
+  texts = rendering.item_texts(small_prepared, form.item, 'BOOKS')
+  for i, history in enumerate(examples['history'].to_list()):
+    example = {'user': int(examples['user'][i]), 'history': history}
+    tokens, entities = oracle_prompt(
+      small_prepared, template(prompt), example, form, k, max_inputs, max_entities
+    )
+    assert rendered['inputs'][i].numpy().tolist() == tokens
+    assert rendered['entity_ids'][i].numpy().tolist() == entities
+    target = VOCABULARY.encode(' ' + texts[int(examples['target'][i])])
+    assert rendered['targets'][i].numpy().tolist() == [*target, VOCABULARY.eos_id]
+
+
+def test_slots_equal_k_times_entities(small_prepared):
+  rendered = renderer(small_prepared, PROMPTS, num_soft_tokens=3)(
+    batch(small_prepared, n=200), max_inputs=120, max_entities=4
+  )
+  slots = tf.reduce_sum(tf.cast(rendered['inputs'] == VOCABULARY.slot_id, tf.int64), axis=1)
+  np.testing.assert_array_equal(slots, 3 * rendered['entity_ids'].row_lengths())
+
+
+def test_worked_example_of_the_docstring(small_prepared):
+  prepared = dataclasses.replace(
+    small_prepared, item_text={'title': [f'T{i}' for i in range(small_prepared.num_items)]}
+  )
+  examples = {
+    'user': tf.constant([0]),
+    'target': tf.constant([5]),
+    'history': tf.ragged.constant([[4, 7]], tf.int32),
+    'seed': tf.zeros([1, 2], tf.int64),
+  }
+  parsed = parse_template(
+    't', 'seen', '{user} took {history}. Next?', '{target}', dataset='B', where='', fields=('title',)
+  )
+  rendered = Renderer(
+    [parsed], prepared, VOCABULARY, num_soft_tokens=2, entity_text=TITLE_FORM, dataset='B'
+  )(examples)
+  slots = [VOCABULARY.slot_id] * 2
+  encode = VOCABULARY.encode
+  assert rendered['inputs'][0].numpy().tolist() == (
+    encode('user 1') + slots + encode(' took T4') + slots + encode(', T7') + slots
+    + encode('. Next?')
+  )  # fmt: skip
+  assert rendered['entity_ids'][0].numpy().tolist() == [prepared.num_items, 4, 7]
+  assert rendered['targets'][0].numpy().tolist() == [*encode(' T5'), 1]
+
+
+def test_every_template_is_drawn_about_equally_often_and_by_seed(small_prepared):
+  prompts = ['a {user:text}', 'b {user:text}', 'c {user:text}', 'd {user:text}']
+  n = 4000
+  examples = {
+    'user': tf.zeros([n], tf.int32),
+    'target': tf.zeros([n], tf.int32),
+    'seed': tf.constant(np.stack([np.full(n, 3), np.arange(n)], 1), tf.int64),
+  }
+  first = renderer(small_prepared, prompts)(examples)['inputs'].to_tensor()[:, 0].numpy()
+  again = renderer(small_prepared, prompts)(examples)['inputs'].to_tensor()[:, 0].numpy()
+  np.testing.assert_array_equal(first, again)
+  counts = np.bincount(first - first.min(), minlength=4)
+  # Standard error of a count: sqrt(4000 * 1/4 * 3/4) = 27.
+  assert (abs(counts - n / 4) < 5 * 27).all(), counts
+
+
+def test_encoder_decoder_ends_inputs_with_eos_and_starts_targets_bare(small_prepared):
+  rendered = renderer(small_prepared, ['For {user}:'], target_continues_prompt=False)(
+    batch(small_prepared)
+  )
+  assert all(row[-1] == VOCABULARY.eos_id for row in rendered['inputs'].to_list())
+  titles = small_prepared.item_text['title']
+  target = int(batch(small_prepared)['target'][0])
+  assert rendered['targets'][0].numpy().tolist() == [*VOCABULARY.encode(titles[target]), 1]
+
+
+def test_ratings_and_fields(small_prepared):
+  p = small_prepared
+  parsed = template('{user:text} on {item} ({item.genres})', '{rating}')
+  rendered = Renderer(
+    [parsed], p, VOCABULARY, num_soft_tokens=1, entity_text=TITLE_FORM, dataset='BOOKS'
+  )({
+    'user': tf.constant([0, 1]),
+    'item': tf.constant([3, 4]),
+    'rating': tf.constant(p.ratings[:2]),
+    'seed': tf.zeros([2, 2], tf.int64),
+  })
+  for i, item in enumerate((3, 4)):
+    title, genres = p.item_text['title'][item], p.item_text['genres'][item]
+    expected = (
+      VOCABULARY.encode(f'user {i + 1} on {title}') + [VOCABULARY.slot_id]
+      + VOCABULARY.encode(f' ({genres})')
+    )  # fmt: skip
+    assert rendered['inputs'][i].numpy().tolist() == expected
+    assert rendered['targets'][i].numpy().tolist() == [*VOCABULARY.encode(f' {p.ratings[i]:g}'), 1]
+
+
+def test_long_texts_are_cut(small_prepared):
+  rendered = renderer(small_prepared, ['{user:text}'], max_text_tokens=4)(batch(small_prepared))
+  assert max(rendered['targets'].row_lengths()) <= 5
+  assert VOCABULARY.decode(rendered['inputs'][0].numpy().tolist()) == 'user'
+
+
+@pytest.mark.parametrize(
+  ('lengths', 'message'),
+  [
+    ({'inputs': 5}, 'inputs of length 5 cannot hold'),
+    ({'targets': 2}, 'targets of length 2 cannot hold'),
+    ({'entity_ids': 0}, 'entity_ids of length 0 cannot hold'),
+  ],
+)
+def test_lengths_that_cannot_work_are_refused_before_anything_runs(
+  small_prepared, lengths, message
+):
+  with pytest.raises(UsageError, match=message):
+    renderer(small_prepared, ['{user} took {history}. What next?']).check_lengths(lengths)
+
+
+def test_lengths_that_pass_the_check_hold_every_example(small_prepared):
+  made = renderer(small_prepared, ['{user} took {history}. What next?'])
+  for inputs in range(20, 400):
+    try:
+      made.check_lengths({'inputs': inputs})
+    except UsageError:
+      continue
+    rendered = made(batch(small_prepared, n=200), max_inputs=inputs)
+    assert max(rendered['inputs'].row_lengths()) <= inputs
+    break
+
+
+def test_two_histories_and_unknown_fields_are_refused(small_prepared):
+  with pytest.raises(UsageError, match='twice'):
+    renderer(small_prepared, ['{history} and {history}'])
+  with pytest.raises(UsageError, match=r"unknown field \{titel\}.*Did you mean 'title'"):
+    rendering.item_texts(small_prepared, '{titel}', 'BOOKS')

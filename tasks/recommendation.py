@@ -6,7 +6,7 @@ Phase 1, `register_item_language_tasks`: tasks `<name>_item_text`, `<name>_item_
 Phase 2, `register_recommendation_tasks`: for the forms `title` and `id`, tasks
 `<name>_sequential_seen_<form>`, `..._sequential_unseen_...`, `..._straightforward_seen_...`,
 `..._straightforward_unseen_...`, `..._rating_seen_...`, `..._item_description_seen_...` and so on;
-mixtures `<name>_openp5_<form>` (sequential and straightforward) and `<name>_multitask_<form>` (all).
+mixtures `<name>_openp5_<form>` (sequential, straightforward) and `<name>_multitask_<form>` (all).
 
 A domain adds a task of its own with `add_prompt_task` (docs/add_a_domain.md). Registering twice is
 harmless: the same settings change nothing, other settings replace the task.
@@ -286,7 +286,7 @@ def _add_mixture(name: str, tasks: list[tuple[str, float]]) -> None:
   seqio.MixtureRegistry.add(name, tasks)
 
 
-def _entity_feature(prepared: PreparedData) -> seqio.Feature:
+def _entity_feature(prepared: PreparedData) -> Any:
   return seqio.Feature(seqio.PassThroughVocabulary(prepared.num_entities), add_eos=False)
 
 

@@ -75,7 +75,14 @@ class Template:
 
 
 def parse_template(
-  task: str, group: str, prompt: str, target: str, *, dataset: str, where: str, fields: Iterable[str]
+  task: str,
+  group: str,
+  prompt: str,
+  target: str,
+  *,
+  dataset: str,
+  where: str,
+  fields: Iterable[str],
 ) -> Template:
   """Parses one template.
 

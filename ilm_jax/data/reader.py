@@ -127,8 +127,7 @@ class BatchReader:
       self._position[:] = position
     self._examples_seen = np.zeros(len(shards.local), np.int64)
     self._iterators = [
-      self._shard_rows(shard, *self._position[i], converter, task_feature_lengths)
-      for i, shard in enumerate(shards.local)
+      self._shard_rows(i, converter, task_feature_lengths) for i in range(len(shards.local))
     ]
     if self._packed and position is None:
       for _ in range(start_step):
@@ -147,26 +146,28 @@ class BatchReader:
     """Where the local shards stand: [local shards, 2] int64, (window, rows taken of it)."""
     return self._position.copy()
 
-  def _shard_rows(self, shard, window, skip, converter, lengths) -> Iterator[dict[str, np.ndarray]]:
+  def _shard_rows(
+    self, i: int, converter: seqio.FeatureConverter, lengths: Mapping[str, int]
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of the i-th local shard, from its position on."""
+    shard = self._shards.local[i]
+    window, skip = (int(x) for x in self._position[i])
+
     def positions(windows: tf.Tensor) -> tf.Tensor:
       starts = (windows * self._shards.num_shards + shard) * self._window
       return tf.reshape(starts[:, tf.newaxis] + tf.range(self._window, dtype=tf.int64), [-1])
 
-    windows = tf.data.Dataset.counter(int(window), 1, tf.int64)
+    windows = tf.data.Dataset.counter(window, 1, tf.int64)
     chunks = windows.batch(max(1, _CHUNK // self._window)).map(positions)
     rows = converter(self._stream.read(chunks), lengths)
     if skip:
-      rows = rows.skip(int(skip))
+      # The first window has been taken in part: count the examples in its rows that are skipped.
       first = converter(self._stream.read(windows.batch(1).take(1).map(positions)), lengths)
-      self._examples_seen[shard - self._shards.local.start] = self._count_skipped(
-        first.take(int(skip))
-      )
+      taken = first.take(skip).as_numpy_iterator()
+      self._examples_seen[i] = sum(int(row['decoder_segment_ids'].max()) for row in taken)
+      rows = rows.skip(skip)
     batches = rows.batch(self._shards.rows_per_shard, drop_remainder=True)
     return batches.prefetch(2).as_numpy_iterator()
-
-  @staticmethod
-  def _count_skipped(rows: tf.data.Dataset) -> int:
-    return sum(_examples_in(row) for row in rows.as_numpy_iterator())
 
   def _advance(self, i: int, part: Mapping[str, np.ndarray]) -> None:
     if not self._packed:
@@ -178,10 +179,6 @@ class BatchReader:
       if self._examples_seen[i] == self._window:
         self._position[i] = self._position[i, 0] + 1, 0
         self._examples_seen[i] = 0
-
-
-def _examples_in(row: Mapping[str, np.ndarray]) -> int:
-  return int(row['decoder_segment_ids'].max())
 
 
 def read_once(
@@ -392,7 +389,7 @@ class MemorySource(IndexedSource):
     """Reads the source of `task`, or its cache."""
     if after_cache:
       task.assert_cached()
-      dataset = task._get_cached_source(split).get_dataset(split, shuffle=False)  # noqa: SLF001
+      dataset = task._get_cached_source(split).get_dataset(split, shuffle=False)
     else:
       dataset = task.source.get_dataset(split, shuffle=False)
     # Text line sources give a tensor where others give a dict.
@@ -411,7 +408,9 @@ class MemorySource(IndexedSource):
       for name in specs:
         rows[name].append(example[name])
     count = len(next(iter(rows.values()), []))
-    return cls(split, {name: _column(rows[name], spec) for name, spec in specs.items()}, count, bare)
+    return cls(
+      split, {name: _column(rows[name], spec) for name, spec in specs.items()}, count, bare
+    )
 
   def lookup(self, split: str, batches: tf.data.Dataset) -> tf.data.Dataset:
     examples = super().lookup(split, batches)

@@ -268,7 +268,7 @@ class Renderer:
       rounds=4,
     )
     rows, entities = self._fillings(examples)
-    before, after = self._rows(self._prompts, 'before', 'after', pick, rows)
+    before, after = self._rows(self._prompts, pick, rows)
     entities_before, entities_after = self._entity_ids(pick, entities)
     history_rows, history_entities = self._history(
       examples.get('history'),
@@ -278,7 +278,7 @@ class Renderer:
       if max_entities is None
       else max_entities - entities_before.row_lengths() - entities_after.row_lengths(),
     )
-    target, _ = self._rows(self._targets, 'before', 'after', pick, rows)
+    target, _ = self._rows(self._targets, pick, rows)
     inputs = tf.concat([before, history_rows, after], axis=1)
     entity_ids = tf.concat([entities_before, history_entities, entities_after], axis=1)
     return {
@@ -302,11 +302,10 @@ class Renderer:
       UsageError: naming the template, the feature, its length and what it may need.
     """
     for template, prompt, target in zip(self._templates, self._prompts, self._targets):
-      soft = sum(self._fillers[-c - 1].soft for c in prompt.before + prompt.after if c < 0)
       needed = {
         'inputs': self._longest(prompt),
         'targets': self._longest(target),
-        'entity_ids': soft,
+        'entity_ids': len(self._soft(prompt.before + prompt.after)),
       }
       for feature, tokens in needed.items():
         if feature in lengths and tokens > lengths[feature]:
@@ -428,35 +427,24 @@ class Renderer:
     return tf.stack(rows, axis=1), tf.stack(entities, axis=1)
 
   def _rows(
-    self, programs: Sequence[_Program], *sides_pick_rows: Any
+    self, programs: Sequence[_Program], pick: tf.Tensor, rows: tf.Tensor
   ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-    *sides, pick, rows = sides_pick_rows
-    before, after = (
-      _resolve(tf.ragged.constant([getattr(p, s) for p in programs], tf.int64, 1), pick, rows)
-      for s in sides
-    )
-    return before, after
+    """Bank rows before and after the history, of each example's program: [n, None] int64."""
+    before = tf.ragged.constant([p.before for p in programs], tf.int64, ragged_rank=1)
+    after = tf.ragged.constant([p.after for p in programs], tf.int64, ragged_rank=1)
+    return _resolve(before, pick, rows), _resolve(after, pick, rows)
 
   def _entity_ids(
     self, pick: tf.Tensor, entities: tf.Tensor
   ) -> tuple[tf.RaggedTensor, tf.RaggedTensor]:
-    """The entities of a prompt before and after its history."""
-    before, after = (
-      _resolve(
-        tf.ragged.constant(
-          [
-            [c for c in getattr(p, side) if c < 0 and self._fillers[-c - 1].soft]
-            for p in self._prompts
-          ],
-          tf.int64,
-          1,
-        ),
-        pick,
-        entities,
-      )
-      for side in ('before', 'after')
-    )
-    return before, after
+    """The entities of a prompt before and after its history: [n, None] int64."""
+    soft_only = [
+      _Program(before=self._soft(p.before), after=self._soft(p.after)) for p in self._prompts
+    ]
+    return self._rows(soft_only, pick, entities)
+
+  def _soft(self, codes: Sequence[int]) -> list[int]:
+    return [c for c in codes if c < 0 and self._fillers[-c - 1].soft]
 
   def _history(
     self,
@@ -493,9 +481,7 @@ class Renderer:
     is_oldest = tf.ragged.range(kept).values == 0
     example = items.value_rowids()
     base = tf.where(is_oldest, tf.gather(base_first, example), tf.gather(base_next, example))
-    entities = tf.ragged.boolean_mask(
-      items, items.with_values(tf.gather(soft, example) > 0)
-    )
+    entities = tf.ragged.boolean_mask(items, items.with_values(tf.gather(soft, example) > 0))
     return items.with_values(items.values + base), entities
 
   def _row_lengths(self, rows: tf.Tensor) -> tf.Tensor:

@@ -246,7 +246,7 @@ class _RowTable:
 
 
 class ItemSource(IndexedSource):
-  """One example an item: `train` has the items whose text phase 1 may see, `validation` the rest."""
+  """One example an item: `train` has the items whose text phase 1 sees, `validation` the rest."""
 
   def __init__(self, prepared: PreparedData):
     self._items = {
@@ -275,7 +275,9 @@ class PairSource(IndexedSource):
     self._kind = kind
     skip = 1 if kind == 'item_item' else 0
     self._rows = InteractionSource(prepared, history_length=skip, min_history=skip)
-    super().__init__({split: self._rows.num_input_examples(split) or 0 for split in self._rows.splits})
+    super().__init__(
+      {split: self._rows.num_input_examples(split) or 0 for split in self._rows.splits}
+    )
 
   def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
     rows = self._rows.examples_at(split, indices)

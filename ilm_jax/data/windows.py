@@ -63,8 +63,7 @@ class WindowFeatureConverter(seqio.FeatureConverter):
 
     def convert(window: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
       examples = {
-        name: tf.RaggedTensor.from_tensor(window[name], window[f'{name}/length'])
-        for name in names
+        name: tf.RaggedTensor.from_tensor(window[name], window[f'{name}/length']) for name in names
       }
       checks = [_too_long(n, examples[n], task_feature_lengths[n]) for n in names]
       checks += self.checks(examples)
@@ -125,7 +124,9 @@ def _assert_none_wrong(
   failed = tf.stack([tf.reduce_any(check.wrong) for check in checks])
 
   def describe() -> tf.Tensor:
-    return tf.stack([describe_first(check) for check in checks])[tf.argmax(tf.cast(failed, tf.int32))]
+    return tf.stack([describe_first(check) for check in checks])[
+      tf.argmax(tf.cast(failed, tf.int32))
+    ]
 
   def describe_first(check: Check) -> tf.Tensor:
     i = tf.argmax(tf.cast(check.wrong, tf.int32))

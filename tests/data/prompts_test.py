@@ -87,7 +87,7 @@ def test_a_line_with_the_wrong_number_of_parts_is_named(tmp_path: Path):
 def test_a_missing_file_and_an_unknown_task():
   with pytest.raises(UsageError, match='no template file'):
     prompts.read_templates('/nowhere/p.txt', dataset='B', fields=FIELDS)
-  with pytest.raises(UsageError, match="'seqential'.*Did you mean 'sequential'"):
+  with pytest.raises(UsageError, match=r"'seqential'.*Did you mean 'sequential'"):
     prompts.select([parse('{user}')], 'seqential', 'seen')
 
 

@@ -102,9 +102,7 @@ def test_each_example_exactly_once_an_epoch_over_all_hosts():
   everything = read_all(TASK)
   size = 32 * hosts
   epochs = []
-  readers = [
-    reader(TASK, shards=InputShards(size, hosts, host, hosts)) for host in range(hosts)
-  ]
+  readers = [reader(TASK, shards=InputShards(size, hosts, host, hosts)) for host in range(hosts)]
   stream = []
   while len(stream) < 2 * len(everything) + size:
     for one in readers:

@@ -116,7 +116,13 @@ def test_worked_example_of_the_docstring(small_prepared):
     'seed': tf.zeros([1, 2], tf.int64),
   }
   parsed = parse_template(
-    't', 'seen', '{user} took {history}. Next?', '{target}', dataset='B', where='', fields=('title',)
+    't',
+    'seen',
+    '{user} took {history}. Next?',
+    '{target}',
+    dataset='B',
+    where='',
+    fields=('title',),
   )
   rendered = Renderer(
     [parsed], prepared, VOCABULARY, num_soft_tokens=2, entity_text=TITLE_FORM, dataset='B'
@@ -162,12 +168,14 @@ def test_ratings_and_fields(small_prepared):
   parsed = template('{user:text} on {item} ({item.genres})', '{rating}')
   rendered = Renderer(
     [parsed], p, VOCABULARY, num_soft_tokens=1, entity_text=TITLE_FORM, dataset='BOOKS'
-  )({
-    'user': tf.constant([0, 1]),
-    'item': tf.constant([3, 4]),
-    'rating': tf.constant(p.ratings[:2]),
-    'seed': tf.zeros([2, 2], tf.int64),
-  })
+  )(
+    {
+      'user': tf.constant([0, 1]),
+      'item': tf.constant([3, 4]),
+      'rating': tf.constant(p.ratings[:2]),
+      'seed': tf.zeros([2, 2], tf.int64),
+    }
+  )
   for i, item in enumerate((3, 4)):
     title, genres = p.item_text['title'][item], p.item_text['genres'][item]
     expected = (

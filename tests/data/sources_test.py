@@ -1,5 +1,7 @@
 """Data sources against the plain definition of each example, written as loops."""
 
+import itertools
+
 import numpy as np
 import pytest
 import seqio
@@ -32,9 +34,7 @@ def expected_interactions(prepared, split, history_length, min_history):
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])
 @pytest.mark.parametrize(('history_length', 'min_history'), [(5, 1), (20, 0), (3, 3)])
 def test_interactions(small_prepared, split, history_length, min_history):
-  source = InteractionSource(
-    small_prepared, history_length=history_length, min_history=min_history
-  )
+  source = InteractionSource(small_prepared, history_length=history_length, min_history=min_history)
   found = [
     (int(x['user']), x['history'].tolist(), int(x['target'])) for x in examples(source, split)
   ]
@@ -72,7 +72,7 @@ def test_pairs(small_prepared):
   for user in range(p.num_users):
     rows = p.items[p.offsets[user] : p.offsets[user + 1]].tolist()
     entity = p.num_items + user
-    consecutive += [[a, b, entity] for a, b in zip(rows, rows[1:])]
+    consecutive += [[a, b, entity] for a, b in itertools.pairwise(rows)]
     of_user += [[entity, item, entity] for item in rows]
   for kind, expected in (('item_item', consecutive), ('user_item', of_user)):
     found = examples(PairSource(p, kind), 'train')

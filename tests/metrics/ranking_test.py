@@ -1,7 +1,6 @@
+import dataclasses
 import itertools
 import math
-
-import dataclasses
 
 import numpy as np
 import pytest

@@ -36,13 +36,10 @@ ENTITY_SLOTS = ('user', 'item', 'history')
 _MODES = ('both', 'text', 'soft')
 _SLOT = re.compile(r'\{([^{}]*)\}')
 
-# OpenP5 writes "{dataset} user_{user_id}" and "{dataset} items {history}" where we write {user} and
-# {history}: our entity text carries the data set's name itself.
-_OPENP5_SPELLINGS = (
-  (re.compile(r'\{dataset\} user_\{user_id\}|user_\{user_id\}'), '{user}'),
-  (re.compile(r'\{dataset\} items? \{history\}'), '{history}'),
-  (re.compile(r'\{dataset\} \{target\}'), '{target}'),
-)
+# OpenP5 writes "{dataset} user_{user_id}" and "{dataset} {target}" where we write {user} and
+# {target}: our entity text carries the data set's name itself.
+_OPENP5_USER = re.compile(r'(\{dataset\} )?user_\{user_id\}')
+_OPENP5_TARGET = re.compile(r'\{dataset\} \{target\}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +60,21 @@ Part = str | Slot
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """A prompt and its target, each a sequence of literal text and slots."""
+  """A prompt and its target, each a sequence of literal text and slots.
+
+  Attributes:
+    task: the task it belongs to, e.g. 'sequential'.
+    group: 'seen' or 'unseen'.
+    prompt, target: the parts.
+    openp5: whether it is spelled as in OpenP5, which writes a history as `ML100K items item_1001 ,
+      item_1002`: the data set's name once, and a space before the comma.
+  """
 
   task: str
   group: str
   prompt: tuple[Part, ...]
   target: tuple[Part, ...]
+  openp5: bool = False
 
   def slots(self) -> list[Slot]:
     return [part for part in self.prompt + self.target if isinstance(part, Slot)]
@@ -101,6 +107,7 @@ def parse_template(
   if group not in (SEEN, UNSEEN):
     raise UsageError(f'{where}: the second part is {group!r}; allowed are {SEEN!r} and {UNSEEN!r}.')
   allowed = {f'item.{field}' for field in fields} | {'rating'}
+  openp5 = '{user_id}' in prompt
   sides = (
     ('prompt', prompt, allowed | set(ENTITY_SLOTS)),
     ('target', target, allowed | {'target'}),
@@ -111,12 +118,11 @@ def parse_template(
   ]
   if not parts[0] or not parts[1]:
     raise UsageError(f'{where}: the prompt and the target must not be empty.')
-  return Template(task=task, group=group, prompt=parts[0], target=parts[1])
+  return Template(task=task, group=group, prompt=parts[0], target=parts[1], openp5=openp5)
 
 
 def _split(text: str, allowed: set[str], *, dataset: str, where: str) -> list[Part]:
-  for spelling, ours in _OPENP5_SPELLINGS:
-    text = spelling.sub(ours, text)
+  text = _OPENP5_TARGET.sub('{target}', _OPENP5_USER.sub('{user}', text))
   text = text.strip().replace('{dataset}', dataset)
   parts: list[Part] = []
   end = 0

@@ -31,7 +31,7 @@ from ilm_jax.data.prompts import Part, Slot, Template
 from ilm_jax.data.sources import Columns, ragged_range_gather
 from ilm_jax.errors import UsageError, did_you_mean
 
-HISTORY_SEPARATOR = ','
+HISTORY_SEPARATOR, OPENP5_SEPARATOR = ',', ' ,'  # the space after it belongs to the next item
 FIRST_ITEM_ID = 1001  # OpenP5 numbers its random item ids from 1001
 FIRST_USER_ID = 1
 _PICK = tf.constant(1, tf.int64)  # tells the draw of a template from other uses of a seed
@@ -182,6 +182,7 @@ class _Program:
   after: list[int] = dataclasses.field(default_factory=list)
   history_first: int = 0  # base of the rows of a history's oldest item
   history_next: int = 0  # of the others, which begin with the separator
+  separator_length: int = 0
   has_history: bool = False
   history_is_soft: bool = False
 
@@ -226,7 +227,6 @@ class Renderer:
     self._dataset = dataset
     self._max_text_tokens = max_text_tokens
     self._slots = np.full(num_soft_tokens, vocabulary.slot_id, np.int32)
-    self._separator = np.asarray(vocabulary.encode_segment(HISTORY_SEPARATOR), np.int32)
     self._bank = _Bank()
     self._fillers: list[_Filler] = []
     self._rating_values = _distinct_ratings(prepared)
@@ -336,7 +336,7 @@ class Renderer:
       elif part.name == 'history':
         if program.has_history:
           raise UsageError(f'a template of task {template.task!r} has {{history}} twice.')
-        self._compile_history(program, part)
+        self._compile_history(program, part, template.openp5)
         rows = program.after
       else:
         rows.append(-1 - self._filler(part, first))
@@ -352,17 +352,21 @@ class Renderer:
   def _literal_tokens(self, tokens: np.ndarray) -> int:
     return self._bank.add(('literal', tokens.tobytes()), lambda: TokenRows.of([tokens]))
 
-  def _compile_history(self, program: _Program, slot: Slot) -> None:
+  def _compile_history(self, program: _Program, slot: Slot, openp5: bool) -> None:
+    separator = np.asarray(
+      self._vocabulary.encode_segment(OPENP5_SEPARATOR if openp5 else HISTORY_SEPARATOR), np.int32
+    )
     # The space before an item belongs to it, wherever the history stands in the prompt.
-    text = self._texts('item', ' ', False) if slot.mode != 'soft' else None
+    table = 'item of openp5' if openp5 else 'item'
+    text = self._texts(table, ' ', False) if slot.mode != 'soft' else None
     empty = TokenRows(np.zeros(0, np.int32), np.zeros(self._prepared.num_items + 1, np.int64))
     slots = self._slots if slot.mode != 'text' else self._slots[:0]
-    nothing = self._separator[:0]
-    for name, before in (('history_first', nothing), ('history_next', self._separator)):
+    for name, before in (('history_first', separator[:0]), ('history_next', separator)):
       base = self._bank.add(
-        (name, slot.mode), lambda before=before: (text or empty).surround(before, slots)
+        (name, table, slot.mode), lambda before=before: (text or empty).surround(before, slots)
       )
       setattr(program, name, base)
+    program.separator_length = len(separator)
     program.has_history = True
     program.history_is_soft = len(slots) > 0
 
@@ -399,6 +403,9 @@ class Renderer:
       texts = user_texts(prepared, self._entity_text.user, self._dataset)
     elif table == 'item':
       texts = item_texts(prepared, self._entity_text.item, self._dataset)
+    elif table == 'item of openp5':  # the prompt has said the data set's name already
+      form = self._entity_text.item.removeprefix('{dataset} ')
+      texts = item_texts(prepared, form, self._dataset)
     elif table == 'rating':
       texts = [f'{rating:g}' for rating in self._rating_values]
     else:
@@ -459,10 +466,12 @@ class Renderer:
         tf.zeros([0], tf.int64), tf.zeros_like(pick), validate=False
       )
       return nothing, nothing
-    base_first, base_next, present, soft = (
+    base_first, base_next, separator, present, soft = (
       tf.gather(tf.constant([getattr(p, field) for p in self._prompts], tf.int64), pick)
-      for field in ('history_first', 'history_next', 'has_history', 'history_is_soft')
-    )
+      for field in (
+        'history_first', 'history_next', 'separator_length', 'has_history', 'history_is_soft',
+      )
+    )  # fmt: skip
     count = history.row_lengths() * present
     newest_first = tf.cast(
       tf.reverse_sequence(history.to_tensor(), history.row_lengths(), seq_axis=1), tf.int64
@@ -472,7 +481,7 @@ class Renderer:
     if room is not None:
       # k items take the length of k rows that begin with the separator, less one separator.
       needed = tf.cumsum(self._row_lengths(newest_first + base_next[:, tf.newaxis]), axis=1)
-      fits &= needed - len(self._separator) <= room[:, tf.newaxis]
+      fits &= needed - separator[:, tf.newaxis] <= room[:, tf.newaxis]
     if entity_room is not None:
       fits &= (place < entity_room[:, tf.newaxis]) | (soft[:, tf.newaxis] == 0)
     kept = tf.reduce_sum(tf.cast(fits, tf.int64), axis=1)

@@ -69,12 +69,13 @@ def test_reads_openp5_files(tmp_path: Path):
   sequential, straightforward = prompts.read_templates(path, dataset='ML100K', fields=FIELDS)
   assert sequential.prompt == (
     Slot('user'),
-    ' took',
+    ' took ML100K items',
     Slot('history', spaced=True),
     ' . Next ?',
   )
   assert sequential.target == (Slot('target', 'text'),)
   assert straightforward.group == 'unseen'
+  assert sequential.openp5
 
 
 def test_a_line_with_the_wrong_number_of_parts_is_named(tmp_path: Path):

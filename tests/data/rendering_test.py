@@ -186,6 +186,30 @@ def test_ratings_and_fields(small_prepared):
     assert rendered['targets'][i].numpy().tolist() == [*VOCABULARY.encode(f' {p.ratings[i]:g}'), 1]
 
 
+def test_openp5_templates_read_as_openp5_writes_them(small_prepared):
+  parsed = template(
+    'What for {dataset} user_{user_id} after {dataset} items {history} ?', '{dataset} {target}'
+  )
+  examples = {
+    'user': tf.constant([4]),
+    'target': tf.constant([5]),
+    'history': tf.ragged.constant([[0, 7, 9]], tf.int32),
+    'seed': tf.zeros([1, 2], tf.int64),
+  }
+  make = Renderer(
+    [parsed], small_prepared, VOCABULARY, num_soft_tokens=0, entity_text=ID_FORM, dataset='BOOKS'
+  )
+
+  def text(max_inputs):
+    return VOCABULARY.decode(make(examples, max_inputs=max_inputs)['inputs'][0].numpy().tolist())
+
+  full = 'What for BOOKS user_5 after BOOKS items item_1001 , item_1008 , item_1010 ?'
+  assert text(None) == text(len(full)) == full
+  assert text(len(full) - 1) == full.replace(' item_1001 ,', '')
+  target = make(examples)['targets'][0].numpy().tolist()
+  assert VOCABULARY.decode(target[:-1]) == ' BOOKS item_1006'
+
+
 def test_long_texts_are_cut(small_prepared):
   rendered = renderer(small_prepared, ['{user:text}'], max_text_tokens=4)(batch(small_prepared))
   assert max(rendered['targets'].row_lengths()) <= 5

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   # A console script has its own folder on the path; the user's modules are where the user is.
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # TensorFlow tells of each library it lacks
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # or it tells of each library it lacks
   try:
     return _run(argv)
   except UsageError as error:

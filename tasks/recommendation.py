@@ -21,8 +21,9 @@ import seqio
 import tensorflow as tf
 
 from ilm_jax.data import prompts
+from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText, item_texts
 from ilm_jax.data.prepared import PreparedData
-from ilm_jax.data.rendering import ID_FORM, TITLE_FORM, EntityText, Renderer, TokenRows, item_texts
+from ilm_jax.data.rendering import Renderer
 from ilm_jax.data.sources import (
   IndexedSource,
   InteractionSource,
@@ -32,6 +33,7 @@ from ilm_jax.data.sources import (
   one_to_one,
   ragged_range_gather,
 )
+from ilm_jax.data.token_bank import TokenRows
 from ilm_jax.errors import UsageError
 
 TEMPLATES = Path(__file__).parent / 'templates.txt'

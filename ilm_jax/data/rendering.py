@@ -19,144 +19,21 @@ history, oldest first, each with its text and its slots.
 
 import dataclasses
 import functools
-import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from ilm_jax.data.entity_text import EntityText, item_texts, user_texts
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.data.prompts import Part, Slot, Template
 from ilm_jax.data.sources import Columns, ragged_range_gather
-from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.data.token_bank import TokenBank, TokenRows
+from ilm_jax.errors import UsageError
 
 HISTORY_SEPARATOR, OPENP5_SEPARATOR = ',', ' ,'  # the space after it belongs to the next item
-FIRST_ITEM_ID = 1001  # OpenP5 numbers its random item ids from 1001
-FIRST_USER_ID = 1
-_PICK = tf.constant(1, tf.int64)  # tells the draw of a template from other uses of a seed
-
-
-@dataclasses.dataclass(frozen=True)
-class EntityText:
-  """How entities are written in prompts and targets: format strings.
-
-  Attributes:
-    item: of `{dataset}`, `{id}` (the dense id, from 1001), `{key}` (the source's id) and the
-      items' text fields, e.g. '{title}' or '{dataset} item_{id}'.
-    user: of `{dataset}`, `{id}` (from 1) and `{key}`.
-  """
-
-  item: str
-  user: str
-
-
-TITLE_FORM = EntityText(item='{title}', user='user {id}')
-ID_FORM = EntityText(item='{dataset} item_{id}', user='{dataset} user_{id}')
-
-
-def item_texts(prepared: PreparedData, form: str, dataset: str) -> list[str]:
-  """The text of every item in one form.
-
-  Raises:
-    UsageError: the form names a field that items do not have.
-  """
-  _check_form(form, {'dataset', 'id', 'key', *prepared.item_text})
-  columns = prepared.item_text
-  return [
-    form.format(
-      dataset=dataset,
-      id=FIRST_ITEM_ID + i,
-      key=prepared.item_keys[i],
-      **{field: values[i] for field, values in columns.items()},
-    )
-    for i in range(prepared.num_items)
-  ]
-
-
-def user_texts(prepared: PreparedData, form: str, dataset: str) -> list[str]:
-  """The text of every user in one form."""
-  _check_form(form, {'dataset', 'id', 'key'})
-  return [
-    form.format(dataset=dataset, id=FIRST_USER_ID + u, key=key)
-    for u, key in enumerate(prepared.user_keys)
-  ]
-
-
-def _check_form(form: str, allowed: set[str]) -> None:
-  names = [name for _, name, _, _ in string.Formatter().parse(form) if name is not None]
-  for name in names:
-    if name not in allowed:
-      raise UsageError(
-        f'entity text {form!r}: unknown field {{{name}}}; allowed are'
-        f' {", ".join(f"{{{n}}}" for n in sorted(allowed))}.{did_you_mean(name, allowed)}'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenRows:
-  """Rows of token ids: one flat array and offsets, so that ten million items fit."""
-
-  tokens: np.ndarray  # [total] int32
-  offsets: np.ndarray  # [rows + 1] int64
-
-  @classmethod
-  def encode(
-    cls, texts: Sequence[str], encode: Callable[[str], Sequence[int]], max_tokens: int
-  ) -> 'TokenRows':
-    rows = [np.asarray(encode(text)[:max_tokens], np.int32) for text in texts]
-    return cls.of(rows)
-
-  @classmethod
-  def of(cls, rows: Sequence[np.ndarray]) -> 'TokenRows':
-    offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
-    return cls(np.concatenate([np.zeros(0, np.int32), *rows]), offsets)
-
-  def __len__(self) -> int:
-    return len(self.offsets) - 1
-
-  @property
-  def longest(self) -> int:
-    return int(np.diff(self.offsets).max(initial=0))
-
-  def surround(self, before: np.ndarray, after: np.ndarray) -> 'TokenRows':
-    """Every row with the same tokens put before and after it."""
-    added = len(before) + len(after)
-    row = np.repeat(np.arange(len(self)), np.diff(self.offsets))
-    offsets = self.offsets + added * np.arange(len(self) + 1)
-    tokens = np.empty(offsets[-1], np.int32)
-    tokens[np.arange(len(self.tokens)) + added * row + len(before)] = self.tokens
-    for i, token in enumerate(before):
-      tokens[offsets[:-1] + i] = token
-    for i, token in enumerate(after):
-      tokens[offsets[1:] - len(after) + i] = token
-    return TokenRows(tokens, offsets)
-
-
-class _Bank:
-  """Collects tables of token rows into one table; remembers where each begins."""
-
-  def __init__(self):
-    self._tables: list[TokenRows] = []
-    self._bases: dict[Any, int] = {}
-    self._rows = 0
-
-  def add(self, key: Any, make: Callable[[], TokenRows]) -> int:
-    """Adds the table `key` if it is new; returns the number of its first row."""
-    if key not in self._bases:
-      table = make()
-      self._bases[key] = self._rows
-      self._tables.append(table)
-      self._rows += len(table)
-    return self._bases[key]
-
-  def table(self, key: Any) -> TokenRows:
-    return self._tables[list(self._bases).index(key)]
-
-  def merged(self) -> TokenRows:
-    lengths = np.concatenate([np.diff(t.offsets) for t in self._tables])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return TokenRows(np.concatenate([t.tokens for t in self._tables]), offsets)
+_PICK = np.int64(1)  # tells the draw of a template from other uses of a seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +104,7 @@ class Renderer:
     self._dataset = dataset
     self._max_text_tokens = max_text_tokens
     self._slots = np.full(num_soft_tokens, vocabulary.slot_id, np.int32)
-    self._bank = _Bank()
+    self._bank = TokenBank()
     self._fillers: list[_Filler] = []
     self._rating_values = _distinct_ratings(prepared)
     end = [self._literal_tokens(np.array([vocabulary.eos_id], np.int32))]

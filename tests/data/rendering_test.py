@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ilm_jax.data import rendering
+from ilm_jax.data import entity_text
+from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM
 from ilm_jax.data.prompts import Slot, parse_template
-from ilm_jax.data.rendering import ID_FORM, TITLE_FORM, Renderer
+from ilm_jax.data.rendering import Renderer
 from ilm_jax.data.vocabularies import ByteVocabulary
 from ilm_jax.errors import UsageError
 
@@ -59,13 +60,13 @@ def oracle_prompt(prepared, parsed, example, form, k, max_inputs, max_entities):
       if not isinstance(part, Slot):
         tokens.extend(VOCABULARY.encode(part))
       elif part.name == 'user':
-        text = rendering.user_texts(prepared, form.user, 'BOOKS')[example['user']]
+        text = entity_text.user_texts(prepared, form.user, 'BOOKS')[example['user']]
         entity(text, prepared.num_items + example['user'], part.mode, part.spaced)
       else:
         for place, item in enumerate(history):
           if place:
             tokens.extend(VOCABULARY.encode(','))
-          entity(rendering.item_texts(prepared, form.item, 'BOOKS')[item], item, part.mode, True)
+          entity(entity_text.item_texts(prepared, form.item, 'BOOKS')[item], item, part.mode, True)
     return tokens, entities
 
   full = example['history']
@@ -85,7 +86,7 @@ def test_equals_the_oracle(small_prepared, prompt, k, max_inputs, max_entities, 
   rendered = renderer(small_prepared, [prompt], num_soft_tokens=k, entity_text=form)(
     examples, max_inputs=max_inputs, max_entities=max_entities
   )
-  texts = rendering.item_texts(small_prepared, form.item, 'BOOKS')
+  texts = entity_text.item_texts(small_prepared, form.item, 'BOOKS')
   for i, history in enumerate(examples['history'].to_list()):
     example = {'user': int(examples['user'][i]), 'history': history}
     tokens, entities = oracle_prompt(
@@ -247,4 +248,4 @@ def test_two_histories_and_unknown_fields_are_refused(small_prepared):
   with pytest.raises(UsageError, match='twice'):
     renderer(small_prepared, ['{history} and {history}'])
   with pytest.raises(UsageError, match=r"unknown field \{titel\}.*Did you mean 'title'"):
-    rendering.item_texts(small_prepared, '{titel}', 'BOOKS')
+    entity_text.item_texts(small_prepared, '{titel}', 'BOOKS')

@@ -132,6 +132,7 @@ def plot(prepared: PreparedData, path: Path) -> None:
   """Writes a PNG: history lengths, popularity, interactions over time or ratings, text lengths."""
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
+  from matplotlib.ticker import LogLocator, NullFormatter
 
   figure = Figure(figsize=(10, 7), layout='constrained')
   FigureCanvasAgg(figure)
@@ -143,6 +144,10 @@ def plot(prepared: PreparedData, path: Path) -> None:
   lengths = _history_lengths(prepared)
   axes[0, 0].hist(lengths, bins=np.geomspace(max(1, lengths.min()), lengths.max() + 1, 40))
   axes[0, 0].set(xscale='log', xlabel='interactions of a user', ylabel='users')
+  # Ticks in between would write over one another where there is less than a decade or two.
+  axes[0, 0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  axes[0, 0].xaxis.set_major_formatter('{x:g}')
+  axes[0, 0].xaxis.set_minor_formatter(NullFormatter())
   popularity = np.sort(_popularity(prepared))[::-1]
   axes[0, 1].plot(np.arange(1, len(popularity) + 1), popularity)
   axes[0, 1].set(xscale='log', yscale='log', xlabel='item rank', ylabel='interactions of an item')
@@ -154,10 +159,8 @@ def plot(prepared: PreparedData, path: Path) -> None:
     axes[1, 0].axis('off')
     axes[1, 0].text(0.5, 0.5, 'no ratings', ha='center')
   for field, values in prepared.item_text.items():
-    text_lengths = [len(v) for v in values if v]
-    if text_lengths:
-      axes[1, 1].hist(text_lengths, bins=40, histtype='step', label=field)
-  axes[1, 1].set(xlabel='characters of text', ylabel='items')
+    axes[1, 1].ecdf([len(v) for v in values], label=field)
+  axes[1, 1].set(xlabel='characters of text (0: none)', ylabel='share of items with at most that')
   axes[1, 1].legend(frameon=False)
   for axis in axes.flat:
     axis.spines[['top', 'right']].set_visible(False)

@@ -1,12 +1,15 @@
 """The registered tasks: names, idempotence, SeqIO caching, and what a mistake says."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import seqio
 
 from ilm_jax.data import prompts
+from ilm_jax.data.feature_converter import ItemLMFeatureConverter
+from ilm_jax.data.reader import BatchReader, InputShards
 from ilm_jax.data.sources import InteractionSource, ItemSource
 from ilm_jax.data.vocabularies import ByteVocabulary
 from ilm_jax.errors import UsageError
@@ -146,3 +149,20 @@ def test_caching_on_beam_gives_the_same_examples(registered, tmp_path):
 
   assert task.assert_cached() is None
   assert examples(use_cached=True) == examples(use_cached=False)
+
+  def reader(start_step):
+    converter = ItemLMFeatureConverter(slot_id=VOCABULARY.slot_id, num_soft_tokens=2, bos_id=0)
+    return BatchReader(
+      name,
+      task_feature_lengths=LENGTHS,
+      converter=converter,
+      shards=InputShards(batch_size=4),
+      seed=0,
+      start_step=start_step,
+      use_cached=True,
+    )
+
+  straight = list(itertools.islice(reader(0), 5))
+  resumed = next(reader(4))
+  for feature, value in straight[4].items():
+    np.testing.assert_array_equal(resumed[feature], value)

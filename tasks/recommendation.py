@@ -21,7 +21,7 @@ import seqio
 import tensorflow as tf
 
 from ilm_jax.data import prompts
-from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText, item_texts
+from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.data.rendering import Renderer
 from ilm_jax.data.sources import (
@@ -33,7 +33,7 @@ from ilm_jax.data.sources import (
   one_to_one,
   ragged_range_gather,
 )
-from ilm_jax.data.token_bank import TokenRows
+from ilm_jax.data.text_tokens import TextTokens
 from ilm_jax.errors import UsageError
 
 TEMPLATES = Path(__file__).parent / 'templates.txt'
@@ -59,11 +59,9 @@ def register_item_language_tasks(
     item_text: the text of an item, of `{title}` and the other text fields.
     max_text_tokens: longer texts are cut to this many tokens.
   """
-  rows = TokenRows.encode(
-    item_texts(prepared, item_text, prepared.name),
-    lambda text: vocabulary.encode_segment(text, first=True),
-    max_text_tokens,
-  )
+  texts = TextTokens(prepared, vocabulary, dataset=prepared.name, max_text_tokens=max_text_tokens)
+  form = EntityText(item=item_text, user='')
+  rows = texts.rows('item', form, spaced=False, first=True)
   tokens, offsets = tf.constant(rows.tokens), tf.constant(rows.offsets)
 
   @one_to_one
@@ -120,8 +118,8 @@ def register_recommendation_tasks(
   Raises:
     UsageError: a template asks for what the data set or the task does not have.
   """
-  dataset = dataset or prepared.name.upper()
-  parsed = prompts.read_templates(templates, dataset=dataset, fields=prepared.item_text)
+  texts = TextTokens(prepared, vocabulary, dataset=dataset, max_text_tokens=max_text_tokens)
+  parsed = prompts.read_templates(templates, dataset=texts.dataset, fields=prepared.item_text)
   rows = functools.partial(InteractionSource, prepared)
   makers: dict[str, Callable[[], IndexedSource]] = {
     'sequential': lambda: rows(history_length=history_length, min_history=1),
@@ -138,14 +136,11 @@ def register_recommendation_tasks(
       if task in sources:
         add_prompt_task(
           f'{prepared.name}_{task}_{group}_{form}',
-          prepared,
           sources[task],
           prompts.select(parsed, task, group),
-          vocabulary,
+          texts,
           num_soft_tokens=num_soft_tokens,
           entity_text=entity_text,
-          dataset=dataset,
-          max_text_tokens=max_text_tokens,
           encoder_decoder=encoder_decoder,
         )
     members = {
@@ -170,29 +165,23 @@ def register_recommendation_tasks(
 
 def add_prompt_task(
   name: str,
-  prepared: PreparedData,
   source: IndexedSource,
   templates: Sequence[prompts.Template],
-  vocabulary: Any,
+  texts: TextTokens,
   *,
   num_soft_tokens: int,
   entity_text: EntityText = TITLE_FORM,
-  dataset: str | None = None,
-  max_text_tokens: int = 64,
   encoder_decoder: bool = False,
 ) -> None:
   """Registers one SeqIO task that renders examples of `source` with `templates`.
 
   Args:
     name: the task's name.
-    prepared: the data set.
     source: gives the columns that the templates' slots name.
     templates: one of them is drawn for each example.
-    vocabulary: the LM's.
+    texts: the data set's texts in the LM's vocabulary.
     num_soft_tokens: K, soft tokens an entity.
     entity_text: how entities are written.
-    dataset: display name in entity texts; by default the data set's name in capitals.
-    max_text_tokens: longer texts of entities are cut to this many tokens.
     encoder_decoder: whether the LM is an encoder-decoder.
 
   Raises:
@@ -207,29 +196,26 @@ def add_prompt_task(
           f'task {name}: a template has the slot {{{slot.name}}}, but its examples have only'
           f' {sorted(columns)}. (What the task is to predict cannot be shown in the prompt.)'
         )
-  dataset = dataset or prepared.name.upper()
-  renderer = Renderer(
-    templates,
-    prepared,
-    vocabulary,
-    num_soft_tokens=num_soft_tokens,
-    entity_text=entity_text,
-    dataset=dataset,
-    max_text_tokens=max_text_tokens,
-    target_continues_prompt=not encoder_decoder,
-  )
   features = {
-    'inputs': seqio.Feature(vocabulary, add_eos=encoder_decoder),
-    'targets': seqio.Feature(vocabulary, add_eos=True),
-    'entity_ids': _entity_feature(prepared),
+    'inputs': seqio.Feature(texts.vocabulary, add_eos=encoder_decoder),
+    'targets': seqio.Feature(texts.vocabulary, add_eos=True),
+    'entity_ids': _entity_feature(texts.prepared),
   }
+
+  @functools.cache  # a task that is registered but not read tokenises nothing
+  def renderer() -> Renderer:
+    return Renderer(
+      templates,
+      texts,
+      num_soft_tokens=num_soft_tokens,
+      entity_text=entity_text,
+      target_continues_prompt=not encoder_decoder,
+    )
+
   settings = (
-    prepared.fingerprint,
-    vocabulary,
+    texts,
     num_soft_tokens,
     entity_text,
-    dataset,
-    max_text_tokens,
     encoder_decoder,
     tuple(templates),
     type(source),
@@ -245,14 +231,14 @@ def render(
   dataset: tf.data.Dataset,
   sequence_length: Mapping[str, int] | None = None,
   *,
-  renderer: Renderer,
+  renderer: Callable[[], Renderer],
 ) -> tf.data.Dataset:
   """SeqIO preprocessor: examples of entity ids -> `inputs`, `targets`, `entity_ids`.
 
   The scalar columns (user, item, target, rating) are kept beside them for evaluation.
   """
   lengths = dict(sequence_length or {})
-  renderer.check_lengths(lengths)
+  renderer().check_lengths(lengths)
   if dataset.element_spec['seed'].shape != [2]:  # SeqIO's caches forget sizes
     dataset = dataset.map(lambda ex: {**ex, 'seed': tf.ensure_shape(ex['seed'], [2])})
   scalars = [name for name, spec in dataset.element_spec.items() if spec.shape.rank == 0]
@@ -260,7 +246,7 @@ def render(
   max_inputs, max_entities = lengths.get('inputs'), lengths.get('entity_ids')
 
   def columns(batch: dict[str, Any]) -> dict[str, Any]:
-    rendered = renderer.traced(batch, max_inputs=max_inputs, max_entities=max_entities)
+    rendered = renderer().traced(batch, max_inputs=max_inputs, max_entities=max_entities)
     return {**{name: batch[name] for name in scalars}, **rendered}
 
   return map_batches(dataset.ragged_batch(_RENDER_BATCH), columns)

@@ -108,6 +108,8 @@ def parse_template(
     raise UsageError(f'{where}: the second part is {group!r}; allowed are {SEEN!r} and {UNSEEN!r}.')
   allowed = {f'item.{field}' for field in fields} | {'rating'}
   openp5 = '{user_id}' in prompt
+  if len(re.findall(r'\{history\b', prompt)) > 1:
+    raise UsageError(f'{where}: the prompt has {{history}} twice; once is what can be cut to fit.')
   sides = (
     ('prompt', prompt, allowed | set(ENTITY_SLOTS)),
     ('target', target, allowed | {'target'}),

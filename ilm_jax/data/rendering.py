@@ -20,15 +20,14 @@ history, oldest first, each with its text and its slots.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from ilm_jax.data.entity_text import EntityText, item_texts, user_texts
-from ilm_jax.data.prepared import PreparedData
+from ilm_jax.data.entity_text import EntityText
 from ilm_jax.data.prompts import Part, Slot, Template
 from ilm_jax.data.sources import Columns, ragged_range_gather
+from ilm_jax.data.text_tokens import TextTokens
 from ilm_jax.data.token_bank import TokenBank, TokenRows
 from ilm_jax.errors import UsageError
 
@@ -75,38 +74,30 @@ class Renderer:
   def __init__(
     self,
     templates: Sequence[Template],
-    prepared: PreparedData,
-    vocabulary: Any,
+    texts: TextTokens,
     *,
     num_soft_tokens: int,
     entity_text: EntityText,
-    dataset: str,
-    max_text_tokens: int = 64,
     target_continues_prompt: bool = True,
   ):
-    """Tokenises every literal of the templates and every text that they refer to.
+    """Puts the literals of the templates and every text that they refer to into one bank.
 
     Args:
       templates: of one task; all of them are used, with equal probability.
-      prepared: the data set.
-      vocabulary: with `encode_segment`, `slot_id` and `eos_id` (ilm_jax.data.vocabularies).
+      texts: the tokens of the data set's texts.
       num_soft_tokens: K, the slots of one entity; 0 renders text only.
       entity_text: how entities are written.
-      dataset: display name of the domain.
-      max_text_tokens: longer texts of entities and fields are cut to this many tokens.
       target_continues_prompt: whether prompt and target are one string for the LM (decoder-only),
         so that the target starts with a space, or two (encoder-decoder), which both end with EOS.
     """
     self._templates = tuple(templates)
-    self._prepared = prepared
-    self._vocabulary = vocabulary
+    self._text_tokens = texts
+    self._prepared = texts.prepared
     self._entity_text = entity_text
-    self._dataset = dataset
-    self._max_text_tokens = max_text_tokens
+    vocabulary = texts.vocabulary
     self._slots = np.full(num_soft_tokens, vocabulary.slot_id, np.int32)
     self._bank = TokenBank()
     self._fillers: list[_Filler] = []
-    self._rating_values = _distinct_ratings(prepared)
     end = [self._literal_tokens(np.array([vocabulary.eos_id], np.int32))]
     prompt_end = [] if target_continues_prompt else end
     self._prompts = [self._compile(t, t.prompt, True, prompt_end) for t in templates]
@@ -190,7 +181,7 @@ class Renderer:
             f'task {template.task!r}: {feature} of length {lengths[feature]} cannot hold every'
             f' example: the longest has {tokens}, before any history. Raise'
             f' task_feature_lengths[{feature!r}] to at least {tokens}, shorten the template, or'
-            f' lower max_text_tokens (now {self._max_text_tokens}).'
+            f' lower max_text_tokens (now {self._text_tokens.max_text_tokens}).'
           )
 
   def _longest(self, program: _Program) -> int:
@@ -211,8 +202,6 @@ class Renderer:
       if isinstance(part, str):
         rows.append(self._literal(part, first))
       elif part.name == 'history':
-        if program.has_history:
-          raise UsageError(f'a template of task {template.task!r} has {{history}} twice.')
         self._compile_history(program, part, template.openp5)
         rows = program.after
       else:
@@ -222,20 +211,16 @@ class Renderer:
     return program
 
   def _literal(self, text: str, first: bool) -> int:
-    return self._literal_tokens(
-      np.asarray(self._vocabulary.encode_segment(text, first=first), np.int32)
-    )
+    return self._literal_tokens(self._text_tokens.encode(text, first=first))
 
   def _literal_tokens(self, tokens: np.ndarray) -> int:
     return self._bank.add(('literal', tokens.tobytes()), lambda: TokenRows.of([tokens]))
 
   def _compile_history(self, program: _Program, slot: Slot, openp5: bool) -> None:
-    separator = np.asarray(
-      self._vocabulary.encode_segment(OPENP5_SEPARATOR if openp5 else HISTORY_SEPARATOR), np.int32
-    )
+    separator = self._text_tokens.encode(OPENP5_SEPARATOR if openp5 else HISTORY_SEPARATOR)
     # The space before an item belongs to it, wherever the history stands in the prompt.
     table = 'item of openp5' if openp5 else 'item'
-    text = self._texts(table, ' ', False) if slot.mode != 'soft' else None
+    text = self._rows_of(table, True, False) if slot.mode != 'soft' else None
     empty = TokenRows(np.zeros(0, np.int32), np.zeros(self._prepared.num_items + 1, np.int64))
     slots = self._slots if slot.mode != 'text' else self._slots[:0]
     for name, before in (('history_first', separator[:0]), ('history_next', separator)):
@@ -249,7 +234,6 @@ class Renderer:
 
   def _filler(self, slot: Slot, first: bool) -> int:
     column = slot.name.partition('.')[0]
-    prefix = ' ' if slot.spaced else ''
     slots = self._slots if slot.mode != 'text' else self._slots[:0]
     rows = self._prepared.num_users if column == 'user' else self._prepared.num_items
     table = 'item' if slot.name == 'target' else slot.name
@@ -259,9 +243,9 @@ class Renderer:
         return TokenRows(np.zeros(0, np.int32), np.zeros(rows + 1, np.int64)).surround(
           slots[:0], slots
         )
-      return self._texts(table, prefix, first).surround(slots[:0], slots)
+      return self._rows_of(table, slot.spaced, first).surround(slots[:0], slots)
 
-    key = (table, slot.mode, prefix, first)
+    key = (table, slot.mode, slot.spaced, first)
     base = self._bank.add(key, make)
     filler = _Filler(
       column=column,
@@ -274,24 +258,8 @@ class Renderer:
       self._fillers.append(filler)
     return self._fillers.index(filler)
 
-  def _texts(self, table: str, prefix: str, first: bool) -> TokenRows:
-    prepared = self._prepared
-    if table == 'user':
-      texts = user_texts(prepared, self._entity_text.user, self._dataset)
-    elif table == 'item':
-      texts = item_texts(prepared, self._entity_text.item, self._dataset)
-    elif table == 'item of openp5':  # the prompt has said the data set's name already
-      form = self._entity_text.item.removeprefix('{dataset} ')
-      texts = item_texts(prepared, form, self._dataset)
-    elif table == 'rating':
-      texts = [f'{rating:g}' for rating in self._rating_values]
-    else:
-      texts = prepared.item_text[table.removeprefix('item.')]
-    return TokenRows.encode(
-      [prefix + text for text in texts],
-      lambda text: self._vocabulary.encode_segment(text, first=first),
-      self._max_text_tokens,
-    )
+  def _rows_of(self, table: str, spaced: bool, first: bool) -> TokenRows:
+    return self._text_tokens.rows(table, self._entity_text, spaced=spaced, first=first)
 
   # ---- rendering a batch
 
@@ -301,7 +269,7 @@ class Renderer:
     for filler in self._fillers:
       column = examples[filler.column]
       if filler.column == 'rating':
-        column = tf.searchsorted(tf.constant(self._rating_values), column)
+        column = tf.searchsorted(tf.constant(self._text_tokens.ratings), column)
       column = tf.cast(column, tf.int64)
       rows.append(column + filler.base)
       entities.append(column + filler.entity_base)
@@ -393,12 +361,6 @@ def _resolve(codes: tf.RaggedTensor, pick: tf.Tensor, fillings: tf.Tensor) -> tf
     fillings, tf.stack([chosen.value_rowids(), tf.maximum(-flat - 1, 0)], axis=1)
   )
   return chosen.with_values(tf.where(flat < 0, filled, flat))
-
-
-def _distinct_ratings(prepared: PreparedData) -> np.ndarray:
-  columns = (prepared.ratings, prepared.validation_ratings, prepared.test_ratings)
-  found = [c[np.isfinite(c)] for c in columns if c is not None]
-  return np.unique(np.concatenate(found)) if found else np.zeros(0, np.float32)
 
 
 def _with_space(parts: tuple[Part, ...], spaced: bool) -> tuple[Part, ...]:

@@ -15,13 +15,6 @@ class TokenRows:
   offsets: np.ndarray  # [rows + 1] int64
 
   @classmethod
-  def encode(
-    cls, texts: Sequence[str], encode: Callable[[str], Sequence[int]], max_tokens: int
-  ) -> 'TokenRows':
-    rows = [np.asarray(encode(text)[:max_tokens], np.int32) for text in texts]
-    return cls.of(rows)
-
-  @classmethod
   def of(cls, rows: Sequence[np.ndarray]) -> 'TokenRows':
     offsets = np.concatenate([[0], np.cumsum([len(r) for r in rows])]).astype(np.int64)
     return cls(np.concatenate([np.zeros(0, np.int32), *rows]), offsets)

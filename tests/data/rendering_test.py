@@ -10,6 +10,7 @@ from ilm_jax.data import entity_text
 from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM
 from ilm_jax.data.prompts import Slot, parse_template
 from ilm_jax.data.rendering import Renderer
+from ilm_jax.data.text_tokens import TextTokens
 from ilm_jax.data.vocabularies import ByteVocabulary
 from ilm_jax.errors import UsageError
 
@@ -28,8 +29,10 @@ def template(prompt, target='{target}', fields=('title', 'genres')):
 
 
 def renderer(prepared, prompts, target='{target}', **overrides):
-  arguments = {'num_soft_tokens': 2, 'entity_text': TITLE_FORM, 'dataset': 'BOOKS', **overrides}
-  return Renderer([template(p, target) for p in prompts], prepared, VOCABULARY, **arguments)
+  arguments = {'num_soft_tokens': 2, 'entity_text': TITLE_FORM, **overrides}
+  max_text_tokens = arguments.pop('max_text_tokens', 64)
+  texts = TextTokens(prepared, VOCABULARY, dataset='BOOKS', max_text_tokens=max_text_tokens)
+  return Renderer([template(p, target) for p in prompts], texts, **arguments)
 
 
 def batch(prepared, n=12, longest=6, seed=0):
@@ -126,7 +129,7 @@ def test_worked_example_of_the_docstring(small_prepared):
     fields=('title',),
   )
   rendered = Renderer(
-    [parsed], prepared, VOCABULARY, num_soft_tokens=2, entity_text=TITLE_FORM, dataset='B'
+    [parsed], TextTokens(prepared, VOCABULARY), num_soft_tokens=2, entity_text=TITLE_FORM
   )(examples)
   slots = [VOCABULARY.slot_id] * 2
   encode = VOCABULARY.encode
@@ -168,7 +171,7 @@ def test_ratings_and_fields(small_prepared):
   p = small_prepared
   parsed = template('{user:text} on {item} ({item.genres})', '{rating}')
   rendered = Renderer(
-    [parsed], p, VOCABULARY, num_soft_tokens=1, entity_text=TITLE_FORM, dataset='BOOKS'
+    [parsed], TextTokens(p, VOCABULARY), num_soft_tokens=1, entity_text=TITLE_FORM
   )(
     {
       'user': tf.constant([0, 1]),
@@ -198,7 +201,10 @@ def test_openp5_templates_read_as_openp5_writes_them(small_prepared):
     'seed': tf.zeros([1, 2], tf.int64),
   }
   make = Renderer(
-    [parsed], small_prepared, VOCABULARY, num_soft_tokens=0, entity_text=ID_FORM, dataset='BOOKS'
+    [parsed],
+    TextTokens(small_prepared, VOCABULARY, dataset='BOOKS'),
+    num_soft_tokens=0,
+    entity_text=ID_FORM,
   )
 
   def text(max_inputs):
@@ -246,6 +252,17 @@ def test_lengths_that_pass_the_check_hold_every_example(small_prepared):
 
 def test_two_histories_and_unknown_fields_are_refused(small_prepared):
   with pytest.raises(UsageError, match='twice'):
-    renderer(small_prepared, ['{history} and {history}'])
+    template('{history} and {history:text}')
   with pytest.raises(UsageError, match=r"unknown field \{titel\}.*Did you mean 'title'"):
     entity_text.item_texts(small_prepared, '{titel}', 'BOOKS')
+
+
+def test_each_kind_of_text_is_tokenised_once(small_prepared):
+  texts = TextTokens(small_prepared, VOCABULARY)
+  spaced = texts.rows('item', TITLE_FORM, spaced=True, first=False)
+  assert texts.rows('item', TITLE_FORM, spaced=True, first=False) is spaced
+  # In title form an OpenP5 history is written as any other.
+  assert texts.rows('item of openp5', TITLE_FORM, spaced=True, first=False) is spaced
+  assert texts.rows('item of openp5', ID_FORM, spaced=True, first=False) is not texts.rows(
+    'item', ID_FORM, spaced=True, first=False
+  )

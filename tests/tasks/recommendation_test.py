@@ -11,6 +11,7 @@ from ilm_jax.data import prompts
 from ilm_jax.data.feature_converter import ItemLMFeatureConverter
 from ilm_jax.data.reader import BatchReader, InputShards
 from ilm_jax.data.sources import InteractionSource, ItemSource
+from ilm_jax.data.text_tokens import TextTokens
 from ilm_jax.data.vocabularies import ByteVocabulary
 from ilm_jax.errors import UsageError
 from ilm_jax.tasks import recommendation
@@ -97,7 +98,7 @@ def test_a_prompt_may_not_show_what_it_asks_for(small_prepared):
   source = InteractionSource(small_prepared)
   with pytest.raises(UsageError, match=r'slot \{item\}.*cannot be shown'):
     recommendation.add_prompt_task(
-      'leaking', small_prepared, source, [leaking], VOCABULARY, num_soft_tokens=1
+      'leaking', source, [leaking], TextTokens(small_prepared, VOCABULARY), num_soft_tokens=1
     )
 
 
@@ -107,8 +108,8 @@ def test_a_custom_task(small_prepared):
     fields=small_prepared.item_text,
   )  # fmt: skip
   recommendation.add_prompt_task(
-    'custom_genre', small_prepared, ItemSource(small_prepared), [template], VOCABULARY,
-    num_soft_tokens=4,
+    'custom_genre', ItemSource(small_prepared), [template],
+    TextTokens(small_prepared, VOCABULARY), num_soft_tokens=4,
   )  # fmt: skip
   dataset = seqio.get_mixture_or_task('custom_genre').get_dataset(LENGTHS, 'train', shuffle=False)
   for x in dataset.as_numpy_iterator():

@@ -8,7 +8,7 @@ import pytest
 import seqio
 
 from ilm_jax.data import prompts
-from ilm_jax.data.feature_converter import ItemLMFeatureConverter
+from ilm_jax.data.feature_converter import EntityTextFeatureConverter, ItemLMFeatureConverter
 from ilm_jax.data.reader import BatchReader, InputShards
 from ilm_jax.data.sources import InteractionSource, ItemSource
 from ilm_jax.data.text_tokens import TextTokens
@@ -81,6 +81,26 @@ def test_item_text_is_the_text(registered):
     (item,) = x['entity_ids']
     expected = f'{p.item_text["title"][item]}. {p.item_text["genres"][item]}'[:64]
     assert VOCABULARY.decode(x['targets'].tolist()) == expected
+
+
+def test_phase_1_mixtures_are_read_by_the_reader(registered):
+  p, _ = registered
+  for mixture, left in (('it_ii', range(p.num_items)), ('it_ui', range(p.num_items, 10**6))):
+    reader = BatchReader(
+      f'books_{mixture}',
+      split='train',
+      task_feature_lengths={'targets': 64, 'entity_ids': 3},
+      converter=EntityTextFeatureConverter(),
+      shards=InputShards(batch_size=256),
+      seed=0,
+    )
+    batch = next(reader)
+    is_pair = batch['entity_ids'][:, 1] >= 0
+    assert 96 < is_pair.sum() < 160  # texts and pairs have equal shares
+    np.testing.assert_array_equal(batch['text_mask'].any(axis=1), ~is_pair)
+    assert np.isin(batch['entity_ids'][is_pair, 0], left).all()
+    assert (batch['entity_ids'][is_pair, 2] >= p.num_items).all()
+    assert (batch['entity_ids'][~is_pair, 1:] == -1).all()
 
 
 def test_mixture_rates(registered):

@@ -95,7 +95,8 @@ def test_movielens_100k(ml100k_directory):
     'test': 943,
     'heldout_items': 135,
   }
-  assert metadata['fingerprint'] == prepared.fingerprint
+  golden = Path(__file__).parent / 'golden' / 'ml100k_fingerprint.txt'
+  assert metadata['fingerprint'] == prepared.fingerprint == golden.read_text().strip()
   assert metadata['settings']['source']['tie_order'] == 'item id'
   assert metadata['creation']['dataset'] == 'ml100k'
   assert metadata['versions']['ilm_jax'] == ilm_jax.__version__

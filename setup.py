@@ -15,6 +15,7 @@ PACKAGES = [
   'ilm_jax.cf',
   'ilm_jax.data',
   'ilm_jax.metrics',
+  'ilm_jax.modules',
   'ilm_jax.tasks',
   'ilm_jax.gin',
 ]

@@ -1,0 +1,1 @@
+"""Neural network modules: arrays in, arrays out. No files, no configuration system."""

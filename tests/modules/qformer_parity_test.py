@@ -1,7 +1,12 @@
-"""Parity of the Q-Former with Hugging Face's Blip2QFormerModel (torch) on the same weights."""
+"""Parity of the Q-Former with Hugging Face's Blip2QFormerModel (torch) on the same weights.
 
-import dataclasses
+`make parity` compares live. Run as a script, this writes the oracle's weights and outputs to
+tests/golden/qformer.npz, which `make test` compares with where torch is not installed.
+"""
 
+from pathlib import Path
+
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +14,14 @@ import pytest
 
 from ilm_jax.modules import qformer
 
-pytestmark = pytest.mark.parity
+GOLDEN = Path(__file__).parent.parent / 'golden' / 'qformer.npz'
 CONFIG = qformer.QFormerConfig(
-  num_layers=4, d_model=48, num_heads=4, d_mlp=96, num_queries=5, d_encoder=24, vocab_size=120,
+  num_layers=4, d_model=32, num_heads=4, d_mlp=64, num_queries=5, d_encoder=24, vocab_size=120,
   max_text_length=32,
 )  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def oracle():
+def make_oracle():
   import torch
   from transformers import Blip2QFormerConfig
   from transformers.models.blip_2 import modeling_blip_2
@@ -41,6 +45,11 @@ def oracle():
     for parameter in [*model.parameters(), *embeddings.parameters()]:
       parameter.copy_(parameter + 0.1 * torch.randn_like(parameter))
   return model, embeddings
+
+
+@pytest.fixture(scope='module')
+def oracle():
+  return make_oracle()
 
 
 def parameters(model, embeddings, queries):
@@ -100,42 +109,87 @@ def parameters(model, embeddings, queries):
   }
 
 
-@pytest.mark.parametrize('encoder_tokens', [1, 6])
-@pytest.mark.parametrize('with_text', [False, True])
-def test_equals_blip2(oracle, encoder_tokens, with_text):
+def compare_inputs(encoder_tokens):
+  """Queries, encoder tokens, text and its mask: random, with padding."""
+  rng = np.random.default_rng(0)
+  batch, length = 3, 9
+  return {
+    'queries': rng.normal(size=(CONFIG.num_queries, CONFIG.d_model)).astype(np.float32),
+    'encoder': rng.normal(size=(batch, encoder_tokens, CONFIG.d_encoder)).astype(np.float32),
+    'text': rng.integers(0, CONFIG.vocab_size, (batch, length)),
+    'text_mask': np.arange(length)[None] < np.array([9, 6, 2])[:, None],
+  }
+
+
+def oracle_states(oracle, inputs, with_text):
+  """The oracle's last hidden states, [B, K (+ T), D]."""
   import torch
 
   model, embeddings = oracle
-  rng = np.random.default_rng(0)
-  batch, length = 3, 9
-  queries = rng.normal(size=(CONFIG.num_queries, CONFIG.d_model)).astype(np.float32)
-  encoder = rng.normal(size=(batch, encoder_tokens, CONFIG.d_encoder)).astype(np.float32)
-  text = rng.integers(0, CONFIG.vocab_size, (batch, length))
-  text_mask = np.arange(length)[None] < np.array([9, 6, 2])[:, None]
-  query_embeds = torch.tensor(queries).expand(batch, -1, -1)
-  mask = torch.tensor(
-    np.concatenate([np.ones((batch, CONFIG.num_queries), bool), text_mask], axis=1)
-  ).long()
+  batch = len(inputs['encoder'])
+  query_embeds = torch.tensor(inputs['queries']).expand(batch, -1, -1)
+  seen = [np.ones((batch, CONFIG.num_queries), bool), inputs['text_mask']]
+  mask = torch.tensor(np.concatenate(seen, axis=1)).long()
   with torch.no_grad():
     if with_text:
-      query_embeds = embeddings(input_ids=torch.tensor(text), query_embeds=query_embeds)
-    expected = model(
+      text = torch.tensor(inputs['text'])
+      query_embeds = embeddings(input_ids=text, query_embeds=query_embeds)
+    return model(
       query_embeds=query_embeds,
       query_length=CONFIG.num_queries,
       attention_mask=mask if with_text else None,
-      encoder_hidden_states=torch.tensor(encoder),
+      encoder_hidden_states=torch.tensor(inputs['encoder']),
     ).last_hidden_state.numpy()
 
-  variables = parameters(model, embeddings, queries)
-  module = qformer.QFormer(dataclasses.replace(CONFIG, dtype=jnp.float32))
-  found_queries, found_text = module.apply(
+
+def assert_equals_oracle(variables, inputs, with_text, expected):
+  text_mask = inputs['text_mask']
+  mask = qformer.attention_mask('multimodal', CONFIG.num_queries, jnp.asarray(text_mask))
+  queries, text = qformer.QFormer(CONFIG).apply(
     variables,
-    encoder,
-    jnp.asarray(text) if with_text else None,
-    qformer.attention_mask('multimodal', CONFIG.num_queries, text_mask) if with_text else None,
+    inputs['encoder'],
+    jnp.asarray(inputs['text']) if with_text else None,
+    mask if with_text else None,
   )
-  np.testing.assert_allclose(found_queries, expected[:, : CONFIG.num_queries], atol=1e-4)
+  np.testing.assert_allclose(queries, expected[:, : CONFIG.num_queries], atol=1e-4)
   if with_text:
     # States at padding are nobody's business.
-    found, expected = np.asarray(found_text), expected[:, CONFIG.num_queries :]
-    np.testing.assert_allclose(found[text_mask], expected[text_mask], atol=1e-4)
+    expected = expected[:, CONFIG.num_queries :]
+    np.testing.assert_allclose(np.asarray(text)[text_mask], expected[text_mask], atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize('encoder_tokens', [1, 6])
+@pytest.mark.parametrize('with_text', [False, True])
+def test_equals_blip2(oracle, encoder_tokens, with_text):
+  inputs = compare_inputs(encoder_tokens)
+  expected = oracle_states(oracle, inputs, with_text)
+  variables = parameters(*oracle, inputs['queries'])
+  assert_equals_oracle(variables, inputs, with_text, expected)
+
+
+@pytest.mark.parametrize('with_text', [False, True])
+def test_equals_blip2_as_recorded(with_text):
+  with np.load(GOLDEN) as golden:
+    states = golden[f'states/{with_text}']
+    leaves = {key: golden[key] for key in golden.files if key.startswith('params/')}
+  variables = flax.traverse_util.unflatten_dict(leaves, sep='/')
+  assert_equals_oracle(variables, compare_inputs(1), with_text, states)
+
+
+def write_golden():
+  import torch
+  import transformers
+
+  oracle, inputs = make_oracle(), compare_inputs(1)
+  variables = parameters(*oracle, inputs['queries'])
+  np.savez_compressed(
+    GOLDEN,
+    oracle=f'transformers {transformers.__version__}, torch {torch.__version__}',
+    **flax.traverse_util.flatten_dict(variables, sep='/'),
+    **{f'states/{text}': oracle_states(oracle, inputs, text) for text in (False, True)},
+  )
+
+
+if __name__ == '__main__':
+  write_golden()

@@ -1,25 +1,16 @@
 """Configuration against real gin files: resolution, provenance, errors, saving, isolation."""
 
 import logging
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 import gin
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from config_helpers import error, reparse, take, write
 
-import ilm_jax
 from ilm_jax import config, config_files
 from ilm_jax.errors import UsageError
-
-PACKAGE = Path(ilm_jax.__file__).parent
 
 
 def train(
@@ -37,26 +28,6 @@ def train(
 
 def evaluate(*, checkpoint: str, batch_size: int = 8):
   return locals()
-
-
-def take(*, value: Any):
-  """A command that takes anything, to see what an override means."""
-  return value
-
-
-def write(folder: Path, **files: str) -> Path:
-  """Writes `a__b=text` to folder/a/b.gin."""
-  for name, text in files.items():
-    path = folder / f'{name.replace("__", "/")}.gin'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-  return folder
-
-
-def error(*args, **kwargs) -> str:
-  with pytest.raises(UsageError) as caught:
-    config.parse(*args, **kwargs)
-  return str(caught.value)
 
 
 @pytest.fixture
@@ -165,124 +136,6 @@ def test_bindings_of_another_command_are_kept_unchecked(layers):
   assert 'evaluate' not in parsed.operative_text
   message = error(train, ['jobs/phase1.gin'], ['evaluate.x=1'], other_commands=['evaluate'])
   assert '--gin.evaluate.x binds a parameter of `evaluate`, and this command is `train`' in message
-
-
-# ---------------------------------------------------------------- the grammar of overrides
-
-
-@pytest.mark.parametrize(
-  ('text', 'value'),
-  [
-    ('10', 10),
-    ('-1', -1),
-    ('1e-4', 1e-4),
-    ('1_000', 1000),
-    ('0x10', 16),
-    ('None', None),
-    ('True', True),
-    ('true', True),
-    ('FALSE', False),
-    ("'10'", '10'),
-    ("'true'", 'true'),
-    ('"a, b"', 'a, b'),
-    ("'a' 'b'", 'ab'),
-    ("''", ''),
-    ('[1, 2]', [1, 2]),
-    ("{'a': (1, None)}", {'a': (1, None)}),
-    ('(1)', 1),
-    ('/tmp/run', '/tmp/run'),
-    ('gs://b/x', 'gs://b/x'),
-    ('v5e:16x16', 'v5e:16x16'),
-    ('ml100k', 'ml100k'),
-    ('a,b', 'a,b'),
-    ('1,2', '1,2'),
-    ('a b', 'a b'),
-    ('a=b', 'a=b'),
-    ('5=3', '5=3'),
-    ('10#3', '10#3'),
-    ('5 # five', '5 # five'),
-    ('007', '007'),
-    ('1.0.0', '1.0.0'),
-    ('50%', '50%'),
-    ('none', 'none'),
-    ('-', '-'),
-    ('inf', 'inf'),
-    ('$HOME', '$HOME'),
-    ("it's", "it's"),
-    ('say "no"', 'say "no"'),
-    ('5\n6', '5\n6'),
-    ('5\ntake.value = 6', '5\ntake.value = 6'),
-    ('\n5', '\n5'),
-    ("'two\\nlines'", 'two\nlines'),
-    ('日本', '日本'),
-    ('import os', 'import os'),
-    ('a:b:', 'a:b:'),
-  ],
-)
-def test_value_of_an_override(text, value):
-  got = config.parse(take, overrides=[f'take.value={text}']).call()
-  assert got == value
-  assert type(got) is type(value)
-
-
-def test_an_override_may_be_a_macro(tmp_path):
-  path = write(tmp_path, a='take.value = 1\nA = 2') / 'a.gin'
-  assert config.parse(take, [path], ['take.value=%A']).call() == 2
-  message = error(take, [path], ['take.value=[%AA]'])
-  assert message.startswith('command line: take.value uses the macro %AA, which nothing sets.')
-  assert 'take.value is required (command line)' in error(
-    take, overrides=['take.value=%gin.REQUIRED']
-  )
-
-
-def test_bare_and_quoted_strings_are_equal():
-  bare, quoted = (
-    config.parse(take, overrides=[f'take.value={text}']) for text in ('/tmp/run', "'/tmp/run'")
-  )
-  assert bare.arguments == quoted.arguments
-
-
-@pytest.mark.parametrize('text', ['[1, 2', "'abc", '[train]', '(a)', '%', '@', '"a" "b" c', '{1'])
-def test_a_broken_literal_is_an_error_not_a_string(text):
-  message = error(take, overrides=[f'take.value={text}'])
-  assert f'--gin.take.value={text}: opens like a literal' in message
-  assert config.parse(take, overrides=[f'take.value={text!r}']).call() == text
-
-
-@pytest.mark.parametrize('override', ['take.value=', 'take.value=  '])
-def test_an_empty_value_is_an_error(override):
-  assert 'the empty string is --gin.take.value="\'\'"' in error(take, overrides=[override])
-
-
-@pytest.mark.parametrize('override', ['take.value', '=3', 'take value=3', 'a/take.value=3', '1x=3'])
-def test_an_override_without_a_name_is_an_error(override):
-  assert 'write --gin.NAME=VALUE' in error(take, overrides=[override])
-
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.text()
-SCALARS |= st.floats(allow_nan=False, allow_infinity=False)
-VALUES = st.recursive(
-  SCALARS,
-  lambda of: (
-    st.lists(of, max_size=3) | st.tuples(of, of) | st.dictionaries(st.text(), of, max_size=3)
-  ),
-  max_leaves=8,
-)
-
-
-@given(VALUES)
-def test_every_literal_survives_override_and_both_saved_texts(value):
-  parsed = config.parse(take, overrides=[f'take.value={value!r}'])
-  assert parsed.call() == value
-  for text in (parsed.text, parsed.operative_text):
-    again = reparse(take, text)
-    assert again.call() == value
-    assert type(again.call()) is type(value)
-
-
-def reparse(function, text):
-  with tempfile.TemporaryDirectory() as folder:
-    return config.parse(function, [write(Path(folder), again=text) / 'again.gin'])
 
 
 # ---------------------------------------------------------------- what is misspelt
@@ -562,69 +415,3 @@ def test_a_positional_parameter_is_the_programmers_mistake():
 
   with pytest.raises(TypeError, match=r'positional\(steps\): a command takes keyword-only'):
     config.parse(positional)
-
-
-# ---------------------------------------------------------------- imports and installation
-
-
-def python(code: str, cwd: Path, path: Path | None = None) -> str:
-  environment = {**os.environ, **({'PYTHONPATH': str(path)} if path else {})}
-  done = subprocess.run(
-    [sys.executable, '-c', code], cwd=cwd, env=environment, capture_output=True, text=True
-  )
-  assert done.returncode == 0, done.stderr
-  assert 'Path not found' not in done.stderr
-  return done.stdout
-
-
-def test_imports_are_light(tmp_path):
-  code = (
-    'import sys, ilm_jax\n'
-    'assert "gin" not in sys.modules\n'
-    'import ilm_jax.config, ilm_jax.config_flags\n'
-    'print([m for m in ("tensorflow", "jax", "jaxlib", "flax", "seqio") if m in sys.modules])'
-  )
-  assert python(code, tmp_path) == '[]\n'
-
-
-def test_no_other_file_of_the_library_imports_gin():
-  found = [
-    path.relative_to(PACKAGE).as_posix()
-    for path in PACKAGE.rglob('*.py')
-    for line in path.read_text().splitlines()
-    if line.split()[:2] in (['import', 'gin'], ['from', 'gin'])
-  ]
-  assert set(found) == {'config.py'}
-
-
-@pytest.mark.parametrize('layout', ['clone', 'wheel'])
-def test_shipped_gin_files_are_found_from_any_directory(tmp_path, layout):
-  root = tmp_path / 'root'
-  (root / 'ilm_jax').mkdir(parents=True)
-  for path in PACKAGE.glob('*.py'):
-    shutil.copy(path, root / 'ilm_jax')
-  folder = root / 'gin'
-  if layout == 'wheel':  # gin-config lies beside the package, our files inside it
-    shutil.copytree(Path(gin.__file__).parent, root / 'gin')
-    folder = root / 'ilm_jax/gin'
-  write(
-    folder,
-    models__base='take.value = %SIZE\nSIZE = 1',
-    jobs__x="include 'models/base.gin'\nSIZE = 2",
-    jobs__bad='SIZE 2',
-  )
-  code = (
-    'from ilm_jax import config, config_files\n'
-    'def take(*, value: int): print(value, config_files.__file__)\n'
-    'parsed = config.parse(take, ["jobs/x.gin"])\n'
-    'parsed.call()\n'
-    'print(parsed.operative_text)\n'
-    'try: config.parse(take, ["jobs/bad.gin"])\n'
-    'except ValueError as error: print(error)\n'
-  )
-  for name in ('elsewhere', 'root'):
-    (tmp_path / name).mkdir(exist_ok=True)
-    out = python(code, cwd=tmp_path / name, path=root)
-    assert out.startswith(f'2 {root}')
-    assert 'take.value = 2  # SIZE, gin/jobs/x.gin' in out
-    assert 'gin/jobs/bad.gin:1: ' in out

@@ -96,7 +96,7 @@ class ItemLanguageFeatureConverter(WindowFeatureConverter):
     super().__init__(pack=pack, apply_length_check=apply_length_check, bos_id=bos_id)
     self._slot_id = slot_id
     self._num_soft_tokens = num_soft_tokens
-    self._window = window
+    self.window = window
 
   def checks(self, examples: Window) -> list[Check]:
     """Slots == K * entities, and no slot in the targets."""

@@ -14,7 +14,7 @@ rows of the global batch. Hosts own shards, so the global batch depends on the n
 which the job fixes, and never on the number of hosts.
 
 Without packing a window is exactly a shard's rows of one batch: step s starts at window s. With
-packing a window (`packing_window` examples) gives as many rows as it needs, so the place of a
+packing a window (the converter's) gives as many rows as it needs, so the place of a
 shard after s steps depends on lengths: it is two integers, (window, rows taken of it). Hand
 `BatchReader.position()` to the checkpoint and back, or let the reader find it from the step by
 reading ahead.
@@ -30,7 +30,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from ilm_jax.data.packing import PAD_VALUES
 from ilm_jax.data.sources import Columns, IndexedSource, is_one_to_one, ragged_range_gather
+from ilm_jax.data.windows import WindowFeatureConverter
 from ilm_jax.errors import UsageError
 
 _MIN_BLOCK = 1024  # shares of a mixture are exact to one in this many, or better
@@ -94,7 +96,6 @@ class BatchReader:
     start_step: int = 0,
     position: np.ndarray | None = None,
     use_cached: bool = False,
-    packing_window: int = 256,
   ):
     """Builds the pipelines; the first batch is that of `start_step`.
 
@@ -102,23 +103,33 @@ class BatchReader:
       name: a registered SeqIO task or mixture.
       split: the split to read.
       task_feature_lengths: as in SeqIO.
-      converter: makes model features of task features. If it packs, its window must be
-        `packing_window`.
+      converter: makes model features of task features. One that packs must be of
+        `ilm_jax.data.feature_converter`, because the reader counts in its windows.
       shards: this host's part.
-      seed: decides order, mixing and templates.
+      seed: decides order, mixing and templates; 0 <= seed < 2^31.
       start_step: number of batches that earlier runs have consumed.
       position: what `position()` returned after `start_step` batches, [local shards, 2]; only
         used with packing, where None means to find it by reading `start_step` batches.
       use_cached: read the tasks' SeqIO caches.
-      packing_window: examples that are packed together.
 
     Raises:
-      UsageError: a task that is not one output for one input, an empty split, sizes that do not
-        divide.
+      UsageError: a task that is not one output for one input, an empty split, a seed out of range,
+        another library's packing.
     """
+    if not 0 <= seed < 2**31:
+      raise UsageError(f'seed={seed}: an integer from 0 to 2^31 - 1 is expected.')
+    if converter.pack and not isinstance(converter, WindowFeatureConverter):
+      raise UsageError(
+        f'{type(converter).__name__} packs in a way that the reader cannot resume from. Use a'
+        ' converter of ilm_jax.data.feature_converter, or pack=False.'
+      )
     self._shards = shards
     self._packed = converter.pack
-    self._window = packing_window if self._packed else shards.rows_per_shard
+    self._window = (
+      converter.window
+      if isinstance(converter, WindowFeatureConverter) and converter.pack
+      else shards.rows_per_shard
+    )
     self._stream = _Stream(name, split, task_feature_lengths, seed, use_cached)
     self._position = np.zeros((len(shards.local), 2), np.int64)
     if not self._packed:
@@ -192,7 +203,7 @@ def read_once(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Reads a split once, in order, for evaluation: every host yields the same number of batches.
 
-  The last batch is filled up with rows of zeros (their loss weights are zero).
+  The last batch is filled up with padding (loss weights 0, entities -1).
 
   Args:
     name: a registered SeqIO task.
@@ -219,7 +230,10 @@ def read_once(
   batches = dataset.batch(rows).prefetch(2).as_numpy_iterator()
   for _ in range(steps):
     found = next(batches, None)
-    batch = {key: np.zeros((rows, *s.shape), s.dtype.as_numpy_dtype) for key, s in specs.items()}
+    batch = {
+      key: np.full((rows, *spec.shape), PAD_VALUES.get(key, 0), spec.dtype.as_numpy_dtype)
+      for key, spec in specs.items()
+    }
     count = 0
     for key, value in (found or {}).items():
       count = len(value)

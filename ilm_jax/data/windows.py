@@ -36,10 +36,14 @@ def int32_features(*names: str) -> dict[str, FeatureSpec]:
 
 
 class WindowFeatureConverter(seqio.FeatureConverter):
-  """Runs `convert_window`, which sees a whole window of examples at once, inside tf.data."""
+  """Runs `convert_window`, which sees a whole window of examples at once, inside tf.data.
+
+  Attributes:
+    window: how many consecutive examples are converted, and packed, together.
+  """
 
   PACKING_FEATURE_DTYPES: ClassVar[Mapping[str, Any]] = {}
-  _window: int = 256
+  window: int = 256
 
   def __init__(self, **kwargs: Any):
     super().__init__(**kwargs)
@@ -68,8 +72,8 @@ class WindowFeatureConverter(seqio.FeatureConverter):
       checks = [_too_long(n, examples[n], task_feature_lengths[n]) for n in names]
       checks += self.checks(examples)
       with tf.control_dependencies([_assert_none_wrong(checks, examples, window[_INDEX])]):
-        examples = {name: feature.with_values(tf.identity(feature.values))
-                    for name, feature in examples.items()}  # fmt: skip
+        # What is made of these copies waits for the checks.
+        examples = {n: x.with_values(tf.identity(x.values)) for n, x in examples.items()}
       features = self.convert_window(examples, lengths)
       return {n: tf.ensure_shape(features[n], [None, size]) for n, size in lengths.items() if size}
 
@@ -80,7 +84,7 @@ class WindowFeatureConverter(seqio.FeatureConverter):
       return {_INDEX: index, **features, **sizes}
 
     # Rectangles are ten times faster to make than a RaggedTensor.
-    ds = ds.enumerate().map(with_lengths).padded_batch(self._window)
+    ds = ds.enumerate().map(with_lengths).padded_batch(self.window)
     # Traced once for all pipelines of this converter (autograph has nothing to convert).
     key = tuple(sorted(task_feature_lengths.items()))
     traced = self._traced.setdefault(key, tf.function(convert, autograph=False))

@@ -40,7 +40,6 @@ def reader(name=MIXTURE, pack=False, shards=InputShards(8), **overrides):
     'converter': converter(pack),
     'shards': shards,
     'seed': 5,
-    'packing_window': 32,
     **overrides,
   }
   return BatchReader(name, **arguments)
@@ -197,6 +196,7 @@ def test_read_once_pads_the_last_batch_on_every_host(prepared, hosts):
   assert sum(int(b['example_mask'].sum()) for batches in per_host for b in batches) == total
   last = per_host[-1][-1]
   assert not last['decoder_loss_weights'][~last['example_mask']].any()
+  assert (last['entity_ids'][~last['example_mask']] == -1).all()
 
 
 def test_any_seqio_source_resumes_exactly(tmp_path):
@@ -276,3 +276,10 @@ def test_sizes_that_do_not_divide(arguments, message):
 def test_an_unknown_split():
   with pytest.raises(UsageError, match="no split 'dev'"):
     reader(split='dev')
+
+
+def test_seeds_and_packing_that_cannot_be_resumed_are_refused():
+  with pytest.raises(UsageError, match='seed=-1'):
+    reader(seed=-1)
+  with pytest.raises(UsageError, match='LMFeatureConverter packs'):
+    reader(converter=seqio.LMFeatureConverter(pack=True))

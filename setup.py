@@ -13,9 +13,12 @@ README = Path(__file__).parent / 'README.md'
 PACKAGES = [
   'ilm_jax',
   'ilm_jax.cf',
+  'ilm_jax.checkpoints',
   'ilm_jax.data',
   'ilm_jax.metrics',
+  'ilm_jax.models',
   'ilm_jax.modules',
+  'ilm_jax.phases',
   'ilm_jax.tasks',
   'ilm_jax.gin',
 ]

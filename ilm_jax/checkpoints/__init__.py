@@ -1,0 +1,1 @@
+"""Checkpoints: weights from elsewhere into our parameters, and our own states on disk."""

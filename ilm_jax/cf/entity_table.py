@@ -81,6 +81,19 @@ class EntityTable:
     return self.vectors[self.num_items :]
 
   @functools.cached_property
+  def encoder_tokens(self) -> np.ndarray:
+    """[num_entities, d_cf], what an item encoder reads: items, and users, scaled to unit RMS.
+
+    Lengths of vectors depend on how they were made (regularisation, width), and differ between
+    items and users; within each kind they mean something (popularity, activity) and stay.
+    """
+    scaled = self.vectors.copy()
+    for rows in (scaled[: self.num_items], scaled[self.num_items :]):
+      rms = np.sqrt(np.square(rows).mean()) if rows.size else 0.0
+      rows /= rms if rms > 0 else 1.0
+    return scaled
+
+  @functools.cached_property
   def content_hash(self) -> str:
     """sha256 of the vectors, the cold flags and the split into items and users."""
     digest = hashlib.sha256(f'{self.vectors.shape} {self.num_items}'.encode())

@@ -1,5 +1,6 @@
 """What a command takes: its parameters, and the check of a value against an annotation."""
 
+import dataclasses
 import inspect
 import re
 import types
@@ -9,6 +10,10 @@ from pathlib import PurePath
 from typing import Any
 
 from etils import epath
+
+from ilm_jax.errors import UsageError, did_you_mean
+
+_T = typing.TypeVar('_T')
 
 
 class Parameter(typing.NamedTuple):
@@ -145,3 +150,34 @@ def _convert_number(value: Any, kind: type) -> Any:
   if kind is int and isinstance(value, float) and not value.is_integer():
     raise TypeError(f'{value!r} is not a whole number')
   return kind(value)
+
+
+def make_dataclass(kind: type[_T], values: Mapping[str, Any], where: str) -> _T:
+  """Makes a dataclass of options that a user gave as a dict, checked as arguments are.
+
+  Args:
+    kind: the dataclass; its annotations say what is allowed.
+    values: the options that are not left at their defaults.
+    where: the parameter that they come from, for messages.
+
+  Raises:
+    UsageError: an unknown option, one that is missing, or a value that does not fit.
+  """
+  hints = typing.get_type_hints(kind)
+  fields = [field.name for field in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+  arguments = {}
+  for name, value in values.items():
+    if name not in fields:
+      raise UsageError(
+        f'{where} has no option {name!r}.{did_you_mean(name, fields)} Options: {", ".join(fields)}.'
+      )
+    try:
+      arguments[name] = convert(value, hints[name])
+    except TypeError as error:
+      raise UsageError(
+        f'{where}.{name}: {error}, but {describe(hints[name])} is needed.'
+      ) from error
+  try:
+    return kind(**arguments)
+  except (TypeError, ValueError) as error:
+    raise UsageError(f'{where}: {error}') from error

@@ -13,7 +13,11 @@ from ilm_jax.errors import UsageError, did_you_mean
 COMMANDS = {
   'prepare': 'make a prepared data set: splits, ids, statistics, entity table, rankers',
   'embed': 'make or import another entity table for a prepared data set',
+  'train': 'train the item encoder (phase 1)',
 }
+
+# Commands that go on in the directory of this parameter, and so save their configuration first.
+_RUN_DIRECTORY = {'train': 'model_dir'}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +62,12 @@ def _run(argv: list[str]) -> int:
   function = getattr(importlib.import_module(f'ilm_jax.{command}'), command)
   from ilm_jax import config_flags
 
-  config_flags.run(function, argv[1:], other_commands=COMMANDS)
+  config_flags.run(
+    function,
+    argv[1:],
+    other_commands=COMMANDS,
+    output_dir_argument=_RUN_DIRECTORY.get(command),
+  )
   return 0
 
 

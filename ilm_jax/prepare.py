@@ -12,7 +12,6 @@ The directory is complete or absent, and immutable.
 """
 
 import contextlib
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -30,7 +29,8 @@ from ilm_jax.cf import entity_table, ials
 from ilm_jax.cf import rankers as reference_rankers
 from ilm_jax.data import preparation, statistics
 from ilm_jax.data.prepared import DATASET_FILE, FORMAT_VERSION, PreparedData
-from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.errors import UsageError
+from ilm_jax.plugins import import_modules, module_names
 
 TFDS_DIR = 'tfds'
 ENTITY_TABLE_DIR = 'entity_table'
@@ -85,7 +85,7 @@ def prepare(
   Raises:
     UsageError: the output exists, or something is wrong with the options or the data.
   """
-  creation = _json_values(locals() | {'modules': _names(modules)})
+  creation = _json_values(locals() | {'modules': module_names(modules)})
   del creation['output']  # the directory may be moved
   output = output.expanduser()
   options = preparation.PreparationOptions(
@@ -102,7 +102,7 @@ def prepare(
 
   with complete_or_absent(output, 'a prepared data set') as directory:
     with _step(f'reading {dataset}'):
-      raw = _load_raw(dataset, source or {}, _names(modules))
+      raw = _load_raw(dataset, source or {}, modules)
     with _step(f'splitting {len(raw.users):,} interactions'):
       prepared = preparation.prepare(raw, options)
       del raw
@@ -163,26 +163,10 @@ def _step(title: str) -> Iterator[None]:
   print(f' {time.monotonic() - start:.1f} s', flush=True)
 
 
-def _names(modules: str | Sequence[str]) -> list[str]:
-  if isinstance(modules, str):
-    return [name.strip() for name in modules.split(',') if name.strip()]
-  return list(modules)
-
-
-def _load_raw(dataset: str, source: Mapping[str, Any], modules: Sequence[str]) -> Any:
+def _load_raw(dataset: str, source: Mapping[str, Any], modules: str | Sequence[str]) -> Any:
   from ilm_jax.tasks.sources import load_raw
 
-  for name in modules:
-    try:
-      importlib.import_module(name)
-    except ModuleNotFoundError as error:
-      if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
-        raise  # the module is there, and something it imports is not
-      here = [path.stem for path in Path().glob('*.py')]
-      raise UsageError(
-        f'modules: no module {name!r}; looked for in {Path().absolute()}, on PYTHONPATH and among'
-        f' the installed packages.{did_you_mean(name, here)}'
-      ) from error
+  import_modules(modules)
   return load_raw(dataset, **source)
 
 

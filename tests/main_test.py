@@ -68,8 +68,8 @@ def test_unknown_command(capsys):
   captured = capsys.readouterr()
   assert captured.out == ''
   assert captured.err == (
-    "ilm: unknown command 'prepar'. Did you mean 'prepare'? Commands: prepare, embed; `ilm --help`"
-    ' tells what they do.\n'
+    "ilm: unknown command 'prepar'. Did you mean 'prepare'? Commands: prepare, embed, train; `ilm"
+    ' --help` tells what they do.\n'
   )
 
 
@@ -88,11 +88,15 @@ def test_print_config_does_nothing_else(capsys, tmp_path):
 
 def test_one_gin_file_serves_several_commands(capsys, tmp_path):
   file = tmp_path / 'job.gin'
-  file.write_text("prepare.dataset = 'ml100k'\nprepare.output = 'a'\nembed.data = 'a'\n")
-  for command in COMMANDS:
-    argv = [command, f'--gin_file={file}', '--output=b', '--print_config']
-    assert main(argv) == 0
-    assert f"{command}.output = 'b'" in capsys.readouterr().out
+  file.write_text(
+    "prepare.dataset = 'ml100k'\nprepare.output = 'a'\nembed.data = 'a'\n"
+    "train.data = 'a'\ntrain.total_steps = 5\n"
+  )
+  outputs = {'prepare': 'output', 'embed': 'output', 'train': 'model_dir'}
+  assert set(outputs) == set(COMMANDS)
+  for command, output in outputs.items():
+    assert main([command, f'--gin_file={file}', f'--{output}=b', '--print_config']) == 0
+    assert f"{command}.{output} = 'b'" in capsys.readouterr().out
 
 
 def test_interrupts_and_errors(monkeypatch, capsys):

@@ -1,0 +1,335 @@
+"""Phase 1 put together: item texts and pairs, the item encoder, retrieval of held-out items."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ilm_jax.cf.entity_table import EntityTable
+from ilm_jax.checkpoints import bert
+from ilm_jax.config_types import make_dataclass
+from ilm_jax.data import vocabularies
+from ilm_jax.data.feature_converter import EntityTextFeatureConverter
+from ilm_jax.data.histories import UserHistories
+from ilm_jax.data.prepared import PreparedData, load_prepared, read_metadata
+from ilm_jax.data.reader import BatchReader, InputShards, read_once
+from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.flops import matmul_flops
+from ilm_jax.metrics.retrieval import Retrieval, retrieval_from_features
+from ilm_jax.models import losses
+from ilm_jax.models.item_text import (
+  ITEM_ITEM,
+  ITEM_TEXT,
+  USER_ITEM,
+  Frozen,
+  ItemTextConfig,
+  ItemTextModel,
+  SpecialTokens,
+)
+from ilm_jax.modules.qformer import SIZES, QFormerConfig
+from ilm_jax.phases.phase import HostBatch, InputOptions, Phase
+from ilm_jax.sharding import fetch, place_batch
+from ilm_jax.tasks.recommendation import register_item_language_tasks
+
+# The word embedding is cut over devices, so its rows are a multiple of this.
+_VOCAB_MULTIPLE = 64
+# Temperatures for the raw CF vectors, the best of which is their ceiling.
+_CF_TEMPERATURES = np.geomspace(0.02, 2.0, 15)
+
+
+@dataclasses.dataclass(frozen=True)
+class ItemTextData:
+  """What phase 1 reads.
+
+  Attributes:
+    item_text: the text of an item, of `{title}` and the other text fields.
+    vocabulary: of the text branch: 'minilm', a tokenizer.json, a SentencePiece .model, or 'bytes'.
+    max_text_tokens: longer texts are cut.
+    eval_pairs: most pairs of each kind that an evaluation looks at.
+    eval_batch_size: rows of an evaluation's batches, among which pairs find their negatives; the
+      largest of the training's by default.
+  """
+
+  item_text: str = '{title}'
+  vocabulary: str = 'minilm'
+  max_text_tokens: int = 64
+  eval_pairs: int = 2048
+  eval_batch_size: int | None = None
+
+
+class ItemTextPhase(Phase):
+  """Phase 1. Sources: item_text (ITC, ITM, ITG), item_item (II), user_item (UI)."""
+
+  name = 'item_text'
+  best_metric = 'item_text/item_to_text/R@10'
+  best_mode = 'max'
+
+  def __init__(
+    self,
+    inputs: InputOptions,
+    *,
+    item_encoder: Mapping[str, Any],
+    losses: Mapping[str, Any],
+    text: Mapping[str, Any],
+  ):
+    """Loads the data and registers its SeqIO tasks.
+
+    Args:
+      inputs: data set, entity table, batch sizes.
+      item_encoder: 'size' (one of `qformer.SIZES`), any field of QFormerConfig but those that the
+        data decide, and 'init_from': a BERT checkpoint ('minilm' or a path).
+      losses: fields of ItemTextConfig.
+      text: fields of ItemTextData.
+
+    Raises:
+      UsageError: an option is unknown, or does not fit the data.
+    """
+    self._inputs = inputs
+    self.prepared = load_prepared(inputs.data)
+    self.table = _load_table(inputs, self.prepared)
+    self._text = make_dataclass(ItemTextData, text, 'train.text')
+    self._vocabulary = _vocabulary(self._text.vocabulary)
+    encoder = dict(item_encoder)
+    self._init_from = encoder.pop('init_from', None)
+    self._encoder = _encoder_config(encoder, self.table, self._vocabulary)
+    self._config = make_dataclass(ItemTextConfig, losses, 'train.losses')
+    self.model = self._make_model(self._encoder)
+    register_item_language_tasks(
+      self.prepared,
+      self._vocabulary,
+      item_text=self._text.item_text,
+      max_text_tokens=self._text.max_text_tokens,
+    )
+    use_histories = self._config.false_negatives == 'history'
+    self.frozen = Frozen(
+      nn.LogicallyPartitioned(self.table.encoder_tokens, ('entities', 'cf')),
+      UserHistories.of(self.prepared) if use_histories else None,
+    )
+    self.identity = self._identity()
+
+  def sources(self) -> tuple[str, ...]:
+    return (ITEM_TEXT, ITEM_ITEM, USER_ITEM)
+
+  def reader(self, source: str, start_step: int, position: np.ndarray | None) -> BatchReader:
+    return BatchReader(
+      f'{self.prepared.name}_{source}',
+      task_feature_lengths=self._lengths(source),
+      converter=EntityTextFeatureConverter(apply_length_check=False),
+      shards=_shards(self._inputs.batch_size[source]),
+      seed=self._inputs.seed,
+      start_step=start_step,
+      position=position,
+    )
+
+  def init(self, key: jax.Array) -> Any:
+    return self.model.init(key)
+
+  def load_pretrained(self, params: Any, report: Callable[[str], None]) -> Any:
+    if self._init_from is None:
+      return params
+    files = bert.bert_files(self._init_from)
+    qformer, loaded = bert.init_qformer_from_bert(
+      params['qformer'], bert.load_bert(files.weights), files.config, str(files.weights)
+    )
+    report(str(loaded))
+    return {**params, 'qformer': qformer}
+
+  def loss(self, params, frozen, batch, key, source):
+    return self.model.loss(params, frozen, batch, key, source=source)
+
+  def count(self, source: str, batch: HostBatch) -> dict[str, int]:
+    # A text is predicted with its EOS.
+    tokens = int(batch['text_mask'].sum()) + len(batch['text_mask']) if source == ITEM_TEXT else 0
+    return {'examples': len(batch['entity_ids']), 'target_tokens': tokens}
+
+  def flops(self, params: Any, frozen: Any, batch: HostBatch, source: str) -> int:
+    model = self._make_model(dataclasses.replace(self._encoder, remat='none'))
+
+    def gradient(params, frozen, batch, key):
+      return jax.grad(lambda p: model.loss(p, frozen, batch, key, source=source)[0])(params)
+
+    return matmul_flops(gradient, params, frozen, dict(batch), jax.random.key(0))
+
+  def evaluate(self, params: Any, frozen: Any) -> dict[str, float]:
+    """Held-out items: retrieval among them, perplexity of their texts; held-out pairs.
+
+    Chance and the raw CF vectors' own scores stand beside what they are to be compared with.
+    """
+    ways, perplexity = self.evaluate_items(params, frozen)
+    metrics = {'item_text/itg/perplexity': perplexity}
+    for way, result in ways.items():
+      for name, values in result.metrics.items():
+        metrics[f'item_text/{way}/{name}'] = float(values.mean())
+        metrics[f'item_text/{way}/{name}/chance'] = result.chance[name]
+    for source in (ITEM_ITEM, USER_ITEM):
+      metrics |= self._evaluate_pairs(params, frozen, source)
+    return metrics
+
+  def evaluate_items(
+    self, params: Any, frozen: Any, split: str = 'validation'
+  ) -> tuple[dict[str, Retrieval], float]:
+    """Retrieval between the items of a split and their texts, and ITG's perplexity.
+
+    Returns:
+      Results by direction, 'item_to_text' and 'text_to_item'; the perplexity a token.
+    """
+    items, texts, rows, nll, tokens = [], [], [], 0.0, 0.0
+    for batch, mask in self._read_once(ITEM_TEXT, split):
+      outputs = fetch(self._item_features(params, frozen, batch))
+      items.append(outputs['items'][mask])
+      texts.append(outputs['texts'][mask])
+      rows.extend(outputs['tokens_of_text'][mask].tolist())
+      nll += float(outputs['nll'])
+      tokens += float(outputs['tokens'])
+    results = retrieval_from_features(
+      np.concatenate(items), np.concatenate(texts), same=[str(row) for row in rows]
+    )
+    return results, float(np.exp(nll / max(tokens, 1)))
+
+  @functools.cached_property
+  def _item_features(self):
+    @jax.jit
+    def features(params, frozen, batch):
+      vectors = frozen.entity_vectors[jnp.maximum(batch['entity_ids'][:, 0], 0)]
+      text = batch['text_tokens'], batch['text_mask']
+      nll, tokens = self.model.text_nll(params, vectors, *text)
+      return {
+        'items': self.model.encode_entities(params, vectors)[1],
+        'texts': self.model.encode_texts(params, *text),
+        'tokens_of_text': batch['text_tokens'],
+        'nll': nll,
+        'tokens': tokens,
+      }
+
+    return features
+
+  def _evaluate_pairs(self, params: Any, frozen: Any, source: str) -> dict[str, float]:
+    found = []
+    for batch, mask in self._read_once(source, 'validation'):
+      # Only whole batches: chance, log(batch size), is part of what is measured.
+      if not mask.all() or len(found) * len(mask) >= self._text.eval_pairs:
+        break
+      found.append(fetch(self._pair_metrics(params, frozen, batch, source)))
+    if not found:
+      return {}
+    mean = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+    by_temperature = np.mean([each['cf_gains'] for each in found], axis=0)
+    del mean['cf_gains']
+    return {f'{source}/{name}': value for name, value in mean.items()} | {
+      f'{source}/raw_cf/gain': float(by_temperature.max())
+    }
+
+  @functools.cached_property
+  def _pair_metrics(self):
+    @functools.partial(jax.jit, static_argnames='source')
+    def metrics(params, frozen, batch, source):
+      _, found = self.model.loss(
+        params, frozen, batch, jax.random.key(0), source=source, deterministic=True
+      )
+      left, right, users = batch['entity_ids'].T
+      unit = losses.normalise(frozen.entity_vectors)
+      cosine = unit[left] @ unit[right].T
+      false_negatives = self.model.pair_false_negatives(frozen, left, right, users)
+      raw = [losses.contrastive(cosine / t, false_negatives)[1] for t in _CF_TEMPERATURES]
+      gains = jnp.stack([each['gain'] for each in raw])
+      return {**found, 'raw_cf/accuracy': raw[0]['accuracy'], 'cf_gains': gains}
+
+    return metrics
+
+  def _read_once(
+    self, source: str, split: str
+  ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
+    """Global batches, and which of their rows are no padding."""
+    for batch in read_once(
+      f'{self.prepared.name}_{source}',
+      split=split,
+      task_feature_lengths=self._lengths(source),
+      converter=EntityTextFeatureConverter(apply_length_check=False),
+      shards=_shards(self._text.eval_batch_size or max(self._inputs.batch_size.values())),
+    ):
+      placed = place_batch(batch, jax.sharding.get_mesh())
+      yield placed, fetch(placed.pop('example_mask'))
+
+  def _lengths(self, source: str) -> dict[str, int]:
+    if source == ITEM_TEXT:
+      return {'targets': self._text.max_text_tokens, 'entity_ids': 1}
+    return {'targets': 0, 'entity_ids': 3}
+
+  def _make_model(self, encoder: QFormerConfig) -> ItemTextModel:
+    vocabulary = self._vocabulary
+    tokens = SpecialTokens(cls=vocabulary.bos_id, dec=vocabulary.vocab_size, eos=vocabulary.eos_id)
+    return ItemTextModel(encoder, self._config, tokens, self.prepared.num_items)
+
+  def _identity(self) -> dict[str, Any]:
+    # How parameters are trained is not part of it.
+    training = {'dropout_rate', 'dtype', 'bf16_matmul', 'remat'}
+    encoder = dataclasses.asdict(self._encoder)
+    return {
+      'model': {
+        'name': self.name,
+        'item_encoder': {k: v for k, v in encoder.items() if k not in training},
+        'num_features': self._config.num_features,
+        'text_pooling': self._config.text_pooling,
+        'vocabulary': self._text.vocabulary,
+      },
+      'data': {'name': self.prepared.name, 'fingerprint': self.prepared.fingerprint},
+      'entity_table': {'content_hash': self.table.content_hash},
+    }
+
+
+def _shards(batch_size: int) -> InputShards:
+  return InputShards(
+    batch_size=batch_size,
+    num_shards=jax.process_count(),
+    host_index=jax.process_index(),
+    host_count=jax.process_count(),
+  )
+
+
+def _load_table(inputs: InputOptions, prepared: PreparedData) -> EntityTable:
+  directory = inputs.entity_table
+  if directory is None:
+    directory = inputs.data / read_metadata(inputs.data)['entity_table_dir']
+  table = EntityTable.load(directory)
+  table.check_data(prepared, str(directory))
+  return table
+
+
+def _vocabulary(name: str) -> Any:
+  if name == 'bytes':
+    return vocabularies.ByteVocabulary()
+  if name.endswith('.model'):
+    return vocabularies.SentencePieceVocabulary(name)
+  if name in bert.PACKAGES:
+    return vocabularies.HuggingFaceVocabulary(str(bert.bert_files(name).tokenizer))
+  if name.endswith('.json'):
+    return vocabularies.HuggingFaceVocabulary(name)
+  known = ['bytes', *bert.PACKAGES]
+  raise UsageError(
+    f'train.text.vocabulary={name!r}: one of {", ".join(known)}, or a file: a tokenizer.json, a'
+    f' SentencePiece .model.{did_you_mean(name, known)}'
+  )
+
+
+def _encoder_config(
+  options: Mapping[str, Any], table: EntityTable, vocabulary: Any
+) -> QFormerConfig:
+  options = dict(options)
+  size = options.pop('size', 'minilm')
+  if size not in SIZES:
+    raise UsageError(
+      f'train.item_encoder.size={size!r}: one of {", ".join(SIZES)}.{did_you_mean(size, SIZES)}'
+    )
+  for name in ('d_encoder', 'vocab_size'):
+    if name in options:
+      raise UsageError(f'train.item_encoder.{name} is decided by the data: leave it out.')
+  words = vocabulary.vocab_size + 1  # and [DEC]
+  values = dataclasses.asdict(SIZES[size]) | options
+  values['d_encoder'] = table.dim
+  values['vocab_size'] = -(-words // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+  return make_dataclass(QFormerConfig, values, 'train.item_encoder')

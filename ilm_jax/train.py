@@ -1,0 +1,456 @@
+"""`ilm train`: THE train loop, of both phases. Read it from top to bottom.
+
+MODEL_DIR/
+  config.gin, operative_config.gin   what was run
+  checkpoints/STEP/                  the latest ones and the best one (ilm_jax.checkpoints.manager)
+  metrics.jsonl, events.out.*        train/... and validation/... curves (ilm_jax.metric_log)
+  profile/                           a trace of early steps, with profile_steps
+"""
+
+import functools
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from ilm_jax import flops, sharding
+from ilm_jax.checkpoints.manager import CheckpointManager, restore_params
+from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.metric_log import MetricLog, Profile
+from ilm_jax.phases.phase import InputOptions, Phase, check_sources
+from ilm_jax.plugins import import_modules
+from ilm_jax.progress import Progress
+
+# Parameters by these names are matrices or tables: weight decay is for them alone.
+_DECAYED = ('kernel', 'embedding', 'queries', 'positions')
+_PROFILE_AFTER = 10  # steps: the first ones compile and warm up
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a checkpoint holds. Frozen parameters are no part of it.
+
+  Attributes:
+    step: [] int32, how many steps were done.
+    params: what is trained.
+    opt_state: of `params` alone.
+  """
+
+  step: Any
+  params: Any
+  opt_state: Any
+
+
+def train(
+  *,
+  model_dir: Path,
+  data: Path,
+  model: Literal['item_text'] = 'item_text',
+  schedule: Sequence[str] = ('item_text',),
+  total_steps: int,
+  batch_size: int | dict[str, int] = 64,
+  item_encoder: dict[str, Any] | None = None,
+  losses: dict[str, Any] | None = None,
+  text: dict[str, Any] | None = None,
+  entity_table: Path | None = None,
+  modules: str | Sequence[str] = (),
+  restore_from: str | None = None,
+  learning_rate: float = 1e-4,
+  final_learning_rate: float = 0.0,
+  warmup_steps: int = 100,
+  weight_decay: float = 0.05,
+  adam_b1: float = 0.9,
+  adam_b2: float = 0.98,
+  clip_norm: float = 1.0,
+  accumulate_steps: int = 1,
+  eval_every: int = 500,
+  save_every: int = 500,
+  log_every: int = 50,
+  keep_latest: int = 2,
+  keep_best: int = 1,
+  profile_steps: int = 0,
+  mesh: dict[str, int] | None = None,
+  sharding_rules: dict[str, Any] | None = None,
+  seed: int = 0,
+) -> dict[str, float]:
+  """Trains a phase, or goes on where MODEL_DIR has got to.
+
+    ilm train --gin_file=jobs/phase1_ml100k.gin --gin.MODEL_DIR=runs/phase1
+
+  Args:
+    model_dir: checkpoints, metrics and configuration; a run that stopped goes on from its latest
+      checkpoint.
+    data: a directory that `ilm prepare` made.
+    model: what is trained: 'item_text' is phase 1.
+    schedule: batch sources, taken in turn, over and over. Phase 1 has item_text (ITC, ITM, ITG),
+      item_item (II) and user_item (UI).
+    total_steps: steps of the whole run, restarts included.
+    batch_size: rows of a global batch: one number, or one for each source of the schedule.
+    item_encoder: size, init_from and what else `ilm_jax.modules.qformer.QFormerConfig` has.
+    losses: fields of `ilm_jax.models.item_text.ItemTextConfig`.
+    text: fields of `ilm_jax.phases.item_text.ItemTextData`.
+    entity_table: another table than the data set's own (`ilm embed`).
+    modules: Python modules to import first: a list, or 'one,two'.
+    restore_from: a run or a checkpoint whose parameters a new run begins with.
+    learning_rate: the highest, after a linear warm-up; a cosine leads to final_learning_rate.
+    final_learning_rate: at total_steps.
+    warmup_steps: of the learning rate; at most half of total_steps.
+    weight_decay: AdamW's, of matrices and tables only.
+    adam_b1: decay of the mean of gradients.
+    adam_b2: decay of the mean of their squares.
+    clip_norm: gradients are scaled down to this norm.
+    accumulate_steps: parts in which a batch is taken, for its gradients to fit into memory.
+      In-batch negatives are then those of a part.
+    eval_every: steps between evaluations; a multiple of save_every.
+    save_every: steps between checkpoints.
+    log_every: steps between lines of metrics.
+    keep_latest: checkpoints to keep.
+    keep_best: checkpoints to keep besides, the best by the phase's validation metric.
+    profile_steps: trace so many early steps for XProf.
+    mesh: {'data': -1, 'fsdp': 1, 'tensor': 1}: sizes, -1 is the rest of the devices.
+    sharding_rules: changes of `ilm_jax.sharding.DEFAULT_RULES`: {'embed': None}.
+    seed: of the initial parameters, the order of the examples, dropout and negatives.
+
+  Returns:
+    The metrics of the last evaluation.
+
+  Raises:
+    UsageError: a setting is wrong, or MODEL_DIR belongs to another model or data set.
+    FloatingPointError: a value is no longer finite; the message says where it began.
+  """
+  if eval_every % save_every:
+    raise UsageError(
+      f'eval_every={eval_every} is not a multiple of save_every={save_every}: what is evaluated is'
+      ' saved, so that the best can be kept.'
+    )
+  import_modules(modules)
+  model_dir, schedule = model_dir.expanduser(), tuple(schedule)
+  sizes = _batch_sizes(batch_size, schedule, accumulate_steps)
+  inputs = InputOptions(data.expanduser(), entity_table, sizes, seed)
+
+  # ---------------------------------------------------------------- the phase and its devices
+  phase = _make_phase(
+    model, inputs, item_encoder=item_encoder or {}, losses=losses or {}, text=text or {}
+  )
+  check_sources(schedule, phase.sources())
+  devices = sharding.make_mesh(mesh or {'data': -1})
+  rules = tuple((dict(sharding.DEFAULT_RULES) | (sharding_rules or {})).items())
+  learning_rates = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, min(warmup_steps, total_steps // 2), total_steps, final_learning_rate
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(
+      learning_rates, b1=adam_b1, b2=adam_b2, weight_decay=weight_decay, mask=_is_decayed
+    ),
+  )
+  with (
+    sharding.use_mesh(devices, rules),
+    CheckpointManager(
+      model_dir / 'checkpoints',
+      identity=phase.identity,
+      keep_latest=keep_latest,
+      keep_best=keep_best,
+      best_metric=phase.best_metric,
+      best_mode=phase.best_mode,
+    ) as checkpoints,
+  ):
+    # -------------------------------------------------- the state: latest -> path -> scratch
+    key = jax.random.key(seed)
+    positions: Mapping[str, Any] = {}
+    like = _abstract_state(phase, optimizer, devices, rules)
+    if checkpoints.latest_step() is not None:
+      start, state, positions = checkpoints.restore(like)
+      _say(f'going on from step {start:,} of {model_dir}')
+    else:
+      start = 0
+      if restore_from:
+        params = restore_params(restore_from, like.params, identity=phase.identity)
+        _say(f'beginning with the parameters of {restore_from}')
+      else:
+        params = sharding.init_sharded(phase.init, devices, rules, key)
+        params = phase.load_pretrained(params, _say)
+      opt_state = sharding.init_mirrored(optimizer.init, params, devices)
+      state = TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state)
+    frozen = sharding.place_constants(phase.frozen, devices, rules)
+    if start == 0:
+      _say(sharding.parameter_table(state.params, frozen))
+
+    # ---------------------------------------------------------------------- one step of training
+    step_of = functools.partial(
+      _train_step, phase=phase, optimizer=optimizer, parts=accumulate_steps
+    )
+    train_step = jax.jit(step_of, static_argnames='source', donate_argnums=0)
+    leaves = list(traverse_util.flatten_dict(state.params, sep='/'))
+    readers = {
+      source: phase.reader(source, _taken(schedule, source, start), _position(positions, source))
+      for source in dict.fromkeys(schedule)
+    }
+    window = _Window(phase, devices, leaves)
+    results: dict[str, float] = {}
+
+    # ---------------------------------------------------------------------------------- the loop
+    with (
+      MetricLog(model_dir, start_step=start) as log,
+      Progress(total_steps, start, model) as progress,
+      Profile(model_dir, start + _PROFILE_AFTER, profile_steps) as profile,
+      _StopSignals() as stop,
+    ):
+      for step in range(start + 1, total_steps + 1):
+        source = schedule[(step - 1) % len(schedule)]
+        profile.step(step, state)
+        rows = next(readers[source])
+        batch = sharding.place_batch(rows, devices)
+        with progress.compiling(source):  # which the first call of each source does
+          state, metrics = train_step(state, frozen, batch, key, source=source)
+          window.add(step, source, rows, metrics, state.params, frozen)
+        progress.step(step)
+
+        is_last = step == total_steps or bool(stop)
+        evaluating = step % eval_every == 0 or step == total_steps
+        saving = step % save_every == 0 or is_last
+        if step % log_every == 0 or evaluating or saving:
+          means, counts = window.fetch()  # raises where a value is not finite: nothing is saved
+          rates = progress.rates(step, counts)
+          utilisation = window.mfu(rates['steps_per_second'])
+          log.write(
+            step,
+            {f'train/{name}': value for name, value in {**means, **rates}.items()}
+            | {
+              'train/mfu': utilisation,
+              'train/learning_rate': float(np.asarray(learning_rates(step - 1))),
+            },
+          )
+          progress.log(step, {'loss': means[f'{source}/loss']}, utilisation)
+        found: dict[str, float] = {}
+        if evaluating:
+          with progress.paused():
+            found = results = phase.evaluate(state.params, frozen)
+            log.write(step, {f'validation/{name}': value for name, value in found.items()})
+            progress.note(f'step {step:,}: {phase.best_metric} {found[phase.best_metric]:.4f}')
+        if saving:
+          with progress.paused():
+            where = {name: _all_positions(reader) for name, reader in readers.items()}
+            checkpoints.save(step, state, position=where, metrics=found)
+        if stop and step < total_steps:
+          progress.note(f'{stop}: saved step {step:,} in {model_dir}; run again to go on')
+          break
+    if stop.interrupted:
+      raise KeyboardInterrupt
+  return results
+
+
+def _make_phase(model: str, inputs: InputOptions, **options: Any) -> Phase:
+  """Imports only the phase that is asked for."""
+  if model == 'item_text':
+    from ilm_jax.phases.item_text import ItemTextPhase
+
+    return ItemTextPhase(inputs, **options)
+  raise UsageError(f"train.model={model!r}: 'item_text' is what there is.")
+
+
+def _abstract_state(phase: Phase, optimizer: Any, mesh: Any, rules: Any) -> TrainState:
+  """Shapes and shardings of the state, nothing computed."""
+  params = sharding.abstract_init(phase.init, mesh, rules, jax.random.key(0))
+  opt_state = jax.eval_shape(optimizer.init, params)
+  shardings = sharding.mirrored_shardings(opt_state, params, mesh)
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+    params,
+    jax.tree.map(lambda x, s: x.update(sharding=s), opt_state, shardings),
+  )
+
+
+def _train_step(
+  state: TrainState,
+  frozen: Any,
+  batch: Mapping[str, jax.Array],
+  key: jax.Array,
+  *,
+  source: str,
+  phase: Phase,
+  optimizer: optax.GradientTransformation,
+  parts: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step. Randomness depends on (seed, step) alone, so that a restart repeats it."""
+  key = jax.random.fold_in(key, state.step)
+
+  def gradient(rows, key):
+    (_, metrics), gradients = jax.value_and_grad(phase.loss, has_aux=True)(
+      state.params, frozen, rows, key, source
+    )
+    return gradients, metrics
+
+  if parts == 1:
+    gradients, metrics = gradient(batch, key)
+  else:
+
+    def add(total, part):
+      return jax.tree.map(lambda x, y: x + y / parts, total, gradient(*part)), None
+
+    each = _split(batch, parts), jax.random.split(key, parts)
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, metrics), _ = jax.lax.scan(add, zeros, each)
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  norms = [jnp.linalg.norm(x) for x in traverse_util.flatten_dict(gradients).values()]
+  metrics |= {'gradient_norm': optax.global_norm(gradients), 'gradient_norms': jnp.stack(norms)}
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
+  """[B, ...] -> [parts, B / parts, ...], each part with rows of every device."""
+  return {
+    name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    for name, x in batch.items()
+  }
+
+
+def _is_decayed(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
+
+
+class _Window:
+  """What the steps since the last log have given, left on the device until it is asked for."""
+
+  def __init__(self, phase: Phase, mesh: Any, leaves: Sequence[str]):
+    self._phase = phase
+    self._leaves = leaves
+    self._steps: list[tuple[int, str, dict[str, jax.Array]]] = []
+    self._counts: dict[str, int] = {}
+    self._flops: dict[str, int] = {}
+    self._flops_done = 0.0
+    self._num_devices = mesh.size
+    self._peak, self.peak_source = flops.peak_flops(mesh.devices.flat[0])
+
+  def add(self, step, source, rows, metrics, params, frozen) -> None:
+    self._steps.append((step, source, metrics))
+    for name, count in self._phase.count(source, rows).items():
+      self._counts[name] = self._counts.get(name, 0) + count * jax.process_count()
+    if source not in self._flops:
+      self._flops[source] = self._phase.flops(params, frozen, rows, source) * jax.process_count()
+
+  def fetch(self) -> tuple[dict[str, float], dict[str, int]]:
+    """Means of the metrics, and sums of what was counted; the window is empty afterwards.
+
+    Raises:
+      FloatingPointError: of the first step whose loss or gradient is not finite.
+    """
+    values: dict[str, list[float]] = {}
+    for step, source, metrics in self._steps:
+      fetched = jax.device_get(metrics)
+      norms = fetched.pop('gradient_norms')
+      self._check_finite(step, source, fetched, norms)
+      for name, value in fetched.items():
+        values.setdefault(f'{source}/{name}', []).append(float(value))
+    sources = [source for _, source, _ in self._steps]
+    self._mean_flops = sum(self._flops[source] for source in sources) / max(len(sources), 1)
+    counts, self._counts, self._steps = self._counts, {}, []
+    return {name: float(np.mean(value)) for name, value in values.items()}, counts
+
+  def mfu(self, steps_per_second: float) -> float:
+    """Model FLOPs utilisation of the steps that were fetched last."""
+    return flops.mfu(self._mean_flops, 1 / steps_per_second, self._num_devices, self._peak)
+
+  def _check_finite(self, step, source, metrics, norms) -> None:
+    bad = [name for name, value in metrics.items() if not np.isfinite(value)]
+    leaves = [leaf for leaf, norm in zip(self._leaves, norms) if not np.isfinite(norm)]
+    if bad or leaves:
+      raise FloatingPointError(
+        f'step {step} ({source} batch): not finite: {", ".join(bad)}; gradients of'
+        f' {", ".join(leaves) or "no parameter"}. Nothing of it was saved: the latest checkpoint is'
+        ' good. Try a lower learning_rate, a smaller clip_norm or more warmup_steps, or look at the'
+        ' batch.'
+      )
+
+
+class _StopSignals:
+  """SIGTERM or Ctrl-C asks for a stop after the step under way; a second Ctrl-C stops at once."""
+
+  def __init__(self):
+    self._signal: int | None = None
+    self._before: dict[int, Any] = {}
+
+  def __bool__(self) -> bool:
+    return self._signal is not None
+
+  def __str__(self) -> str:
+    return signal.Signals(self._signal).name if self._signal else ''
+
+  @property
+  def interrupted(self) -> bool:
+    return self._signal == signal.SIGINT
+
+  def __enter__(self) -> '_StopSignals':
+    # Python lets only the main thread set handlers; a test or a notebook may be in another.
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def _note(self, number: int, _: Any) -> None:
+    self._signal = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _taken(schedule: Sequence[str], source: str, steps: int) -> int:
+  """How many batches of a source the first `steps` steps take."""
+  whole, rest = divmod(steps, len(schedule))
+  return whole * schedule.count(source) + schedule[:rest].count(source)
+
+
+def _all_positions(reader: Any) -> list[list[int]]:
+  """[all shards, 2], of all processes."""
+  local = reader.position()
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    local = multihost_utils.process_allgather(local, tiled=True)
+  return local.tolist()
+
+
+def _position(positions: Mapping[str, Any], source: str) -> np.ndarray | None:
+  """This process's part of what `_all_positions` gave."""
+  if source not in positions:
+    return None
+  return np.split(np.asarray(positions[source], np.int64), jax.process_count())[jax.process_index()]
+
+
+def _batch_sizes(
+  batch_size: int | dict[str, int], schedule: Sequence[str], parts: int
+) -> dict[str, int]:
+  """Rows of a global batch of each source of the schedule."""
+  if isinstance(batch_size, int):
+    batch_size = dict.fromkeys(schedule, batch_size)
+  for source in schedule:
+    if source not in batch_size:
+      raise UsageError(
+        f'train.batch_size={batch_size} has no entry for {source!r}, which the schedule names.'
+        f'{did_you_mean(source, batch_size)} One number is for all sources.'
+      )
+    if batch_size[source] < 1 or batch_size[source] % parts:
+      raise UsageError(
+        f'train.batch_size={batch_size[source]} ({source}) cannot be taken in'
+        f' accumulate_steps={parts} equal parts: use a multiple of {parts}.'
+      )
+  return {source: batch_size[source] for source in dict.fromkeys(schedule)}
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import ilm_jax
+from ilm_jax.data.fetch import cache_dir
 from ilm_jax.errors import UsageError, did_you_mean
 
 # Command -> what it does. Command `x` is the function `x` of `ilm_jax/x.py`, imported when asked
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # or it tells of each library it lacks
+  # A program that was compiled once is not compiled again, by a restart or by the next run.
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
   try:
     return _run(argv)
   except UsageError as error:

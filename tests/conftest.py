@@ -10,6 +10,12 @@ from pathlib import Path
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
+from ilm_jax.data.fetch import cache_dir
+
+# Before anything imports JAX: what one test, process or run has compiled, the others find.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+
 import numpy as np
 import pytest
 

@@ -133,8 +133,3 @@ def _measured_flops(device: Any, dtype: np.dtype) -> float:
   if device.platform == 'cpu':
     best /= jax.local_device_count('cpu')  # they share the cores
   return best
-
-
-def mfu(flops_per_step: float, step_seconds: float, num_devices: int, peak: float) -> float:
-  """Returns the model FLOPs utilisation, a fraction: of `peak` FLOP/s a device, what is used."""
-  return flops_per_step / (step_seconds * num_devices * peak)

@@ -23,7 +23,7 @@ import optax
 from flax import traverse_util
 
 from ilm_jax import flops, sharding
-from ilm_jax.checkpoints.manager import CheckpointManager, restore_params
+from ilm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointManager, restore_params
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.metric_log import MetricLog, Profile
 from ilm_jax.phases.phase import InputOptions, Phase, check_sources
@@ -143,6 +143,7 @@ def train(
   )
   check_sources(schedule, phase.sources())
   devices = sharding.make_mesh(mesh or {'data': -1})
+  peak, _ = flops.peak_flops(devices.devices.flat[0])
   rules = tuple((dict(sharding.DEFAULT_RULES) | (sharding_rules or {})).items())
   learning_rates = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup_steps, total_steps // 2), total_steps, final_learning_rate
@@ -156,7 +157,7 @@ def train(
   with (
     sharding.use_mesh(devices, rules),
     CheckpointManager(
-      model_dir / 'checkpoints',
+      model_dir / CHECKPOINTS_DIR,
       identity=phase.identity,
       keep_latest=keep_latest,
       keep_best=keep_best,
@@ -195,7 +196,7 @@ def train(
       source: phase.reader(source, _taken(schedule, source, start), _position(positions, source))
       for source in dict.fromkeys(schedule)
     }
-    window = _Window(phase, devices, leaves)
+    window = _Window(phase, leaves, peak * devices.size)
     results: dict[str, float] = {}
 
     # ---------------------------------------------------------------------------------- the loop
@@ -324,15 +325,14 @@ def _is_decayed(params: Any) -> Any:
 class _Window:
   """What the steps since the last log have given, left on the device until it is asked for."""
 
-  def __init__(self, phase: Phase, mesh: Any, leaves: Sequence[str]):
+  def __init__(self, phase: Phase, leaves: Sequence[str], peak: float):
     self._phase = phase
     self._leaves = leaves
     self._steps: list[tuple[int, str, dict[str, jax.Array]]] = []
     self._counts: dict[str, int] = {}
     self._flops: dict[str, int] = {}
-    self._flops_done = 0.0
-    self._num_devices = mesh.size
-    self._peak, self.peak_source = flops.peak_flops(mesh.devices.flat[0])
+    self._mean_flops = 0.0  # of the steps that were fetched last
+    self._peak = peak
 
   def add(self, step, source, rows, metrics, params, frozen) -> None:
     self._steps.append((step, source, metrics))
@@ -361,7 +361,7 @@ class _Window:
 
   def mfu(self, steps_per_second: float) -> float:
     """Model FLOPs utilisation of the steps that were fetched last."""
-    return flops.mfu(self._mean_flops, 1 / steps_per_second, self._num_devices, self._peak)
+    return self._mean_flops * steps_per_second / self._peak
 
   def _check_finite(self, step, source, metrics, norms) -> None:
     bad = [name for name, value in metrics.items() if not np.isfinite(value)]

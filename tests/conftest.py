@@ -95,3 +95,37 @@ def small_prepared() -> PreparedData:
     provenance={'source': 'tests/conftest.py', 'licence': 'Apache-2.0'},
   )
   return prepare(raw, PreparationOptions(k_core=3))
+
+
+@pytest.fixture(scope='session')
+def books_directory(tmp_path_factory) -> Path:
+  """What `ilm prepare` makes of two CSV files: 30 users who read 24 books of four genres.
+
+  A user keeps to one genre, mostly, so that vectors of items and their texts have to do with each
+  other.
+  """
+  from ilm_jax.prepare import prepare
+
+  rng = np.random.default_rng(0)
+  folder = tmp_path_factory.mktemp('books')
+  genres = ['Crime', 'Poetry', 'Travel', 'Science']
+  books = [f'b{i},The {genres[i % 4]} Book {i},{genres[i % 4]}' for i in range(24)]
+  (folder / 'items.csv').write_text('\n'.join(['item,title,genres', *books]) + '\n')
+  rows = ['user,item,timestamp']
+  for user in range(30):
+    liked = [i for i in range(24) if i % 4 == user % 4 or rng.random() < 0.2]
+    rows += [f'u{user},b{i},{t}' for t, i in enumerate(rng.permutation(liked))]
+  (folder / 'interactions.csv').write_text('\n'.join(rows) + '\n')
+  return prepare(
+    dataset='csv',
+    output=folder / 'prepared',
+    source={
+      'name': 'books',
+      'interactions': str(folder / 'interactions.csv'),
+      'items': str(folder / 'items.csv'),
+    },
+    k_core=3,
+    heldout_items=0.2,
+    ials_factors=8,
+    rankers=False,
+  )

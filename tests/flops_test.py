@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from ilm_jax import flops
-from ilm_jax.flops import matmul_flops, mfu, peak_flops
+from ilm_jax.flops import matmul_flops, peak_flops
 
 
 def f32(*shape):
@@ -229,7 +229,3 @@ def test_measuring_this_machine(monkeypatch):
   assert 1e8 < peak * jax.local_device_count() < 1e14
   assert peak_flops(device, jnp.float32) == (peak, source)  # not measured again
   flops._measured_flops.cache_clear()
-
-
-def test_mfu():
-  assert mfu(3e12, step_seconds=0.5, num_devices=4, peak=3e12) == pytest.approx(0.5)

@@ -25,6 +25,9 @@ from ilm_jax.errors import UsageError, did_you_mean
 
 _STEP_NAMES = ocp.path.step.standard_name_format()
 
+# Where a run, whose directory has curves and configuration too, keeps its checkpoints.
+CHECKPOINTS_DIR = 'checkpoints'
+
 Leaves = dict[tuple[str, ...], Any]
 
 # Orbax logs every step of its work, and every error that it also raises.
@@ -245,7 +248,8 @@ def restore_params(
   """Reads only `params` of a checkpoint, for a warm start or to evaluate.
 
   Args:
-    path: a run's directory, whose latest step is read, or the directory of one step.
+    path: a run's directory or that of its checkpoints, whose latest step is read, or the directory
+      of one step.
     like: the parameters, as for `CheckpointManager.restore`.
     identity: if given, its 'model' must be the checkpoint's.
 
@@ -288,7 +292,7 @@ def _one_step(path: epath.PathLike) -> epath.Path:
   # A run's directory may be a number too.
   if path in _step_paths(path.parent).values() and (path / 'state').exists():
     return path
-  steps = _step_paths(path)
+  steps = _step_paths(path) or _step_paths(path / CHECKPOINTS_DIR)
   if steps:
     return steps[max(steps)]
   if not path.exists():

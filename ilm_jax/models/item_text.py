@@ -33,7 +33,7 @@ class ItemTextConfig:
     min_temperature, max_temperature: the learned temperatures are clamped to these.
     num_features: width of the contrastive features.
     text_pooling: what of a text is compared with queries: the state of [CLS] ('cls', BLIP-2's way),
-      or the mean over its tokens ('mean', which MiniLM and other sentence encoders begin with).
+      or the mean over its tokens ('mean', which sentence encoders such as MiniLM were trained for).
     false_negatives: of pairs: 'batch' masks items of the same user in the batch; 'history' masks
       every item of the user's training history, which needs the histories on every device.
   """
@@ -49,7 +49,7 @@ class ItemTextConfig:
   min_temperature: float = 0.01
   max_temperature: float = 1.0
   num_features: int = 256
-  text_pooling: str = 'mean'
+  text_pooling: str = 'cls'
   false_negatives: str = 'history'
 
   def __post_init__(self):

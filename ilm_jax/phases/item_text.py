@@ -58,7 +58,7 @@ class ItemTextData:
   item_text: str = '{title}'
   vocabulary: str = 'minilm'
   max_text_tokens: int = 64
-  eval_pairs: int = 2048
+  eval_pairs: int = 1024
   eval_batch_size: int | None = None
 
 
@@ -158,10 +158,11 @@ class ItemTextPhase(Phase):
   def evaluate(self, params: Any, frozen: Any) -> dict[str, float]:
     """Held-out items: retrieval among them, perplexity of their texts; held-out pairs.
 
-    Chance and the raw CF vectors' own scores stand beside what they are to be compared with.
+    Chance, the raw CF vectors' own scores, and the perplexity with the vectors of other items stand
+    beside what they are to be compared with.
     """
-    ways, perplexity = self.evaluate_items(params, frozen)
-    metrics = {'item_text/itg/perplexity': perplexity}
+    ways, perplexities = self.evaluate_items(params, frozen)
+    metrics = {f'item_text/itg/{name}': value for name, value in perplexities.items()}
     for way, result in ways.items():
       for name, values in result.metrics.items():
         metrics[f'item_text/{way}/{name}'] = float(values.mean())
@@ -172,30 +173,35 @@ class ItemTextPhase(Phase):
 
   def evaluate_items(
     self, params: Any, frozen: Any, split: str = 'validation'
-  ) -> tuple[dict[str, Retrieval], float]:
+  ) -> tuple[dict[str, Retrieval], dict[str, float]]:
     """Retrieval between the items of a split and their texts, and ITG's perplexity.
 
     Returns:
-      Results by direction, 'item_to_text' and 'text_to_item'; the perplexity a token.
+      Results by direction, 'item_to_text' and 'text_to_item'; and a token's 'perplexity', given its
+      own item and ('perplexity/shuffled') another one. What they have in common is of the language
+      model alone.
     """
-    items, texts, rows, nll, tokens = [], [], [], 0.0, 0.0
+    items, texts, rows, sums = [], [], [], np.zeros(3)
     for batch, mask in self._read_once(ITEM_TEXT, split):
       outputs = fetch(self._item_features(params, frozen, batch))
       items.append(outputs['items'][mask])
       texts.append(outputs['texts'][mask])
       rows.extend(outputs['tokens_of_text'][mask].tolist())
-      nll += float(outputs['nll'])
-      tokens += float(outputs['tokens'])
+      sums += [outputs['nll'], outputs['nll_shuffled'], outputs['tokens']]
     results = retrieval_from_features(
       np.concatenate(items), np.concatenate(texts), same=[str(row) for row in rows]
     )
-    return results, float(np.exp(nll / max(tokens, 1)))
+    own, shuffled = np.exp(sums[:2] / max(sums[2], 1)).tolist()
+    return results, {'perplexity': own, 'perplexity/shuffled': shuffled}
 
   @functools.cached_property
   def _item_features(self):
     @jax.jit
     def features(params, frozen, batch):
-      vectors = frozen.entity_vectors[jnp.maximum(batch['entity_ids'][:, 0], 0)]
+      ids = jnp.maximum(batch['entity_ids'][:, 0], 0)
+      vectors = frozen.entity_vectors[ids]
+      # Items are in random order, so the next one is any.
+      others = frozen.entity_vectors[(ids + 1) % self.prepared.num_items]
       text = batch['text_tokens'], batch['text_mask']
       nll, tokens = self.model.text_nll(params, vectors, *text)
       return {
@@ -203,6 +209,7 @@ class ItemTextPhase(Phase):
         'texts': self.model.encode_texts(params, *text),
         'tokens_of_text': batch['text_tokens'],
         'nll': nll,
+        'nll_shuffled': self.model.text_nll(params, others, *text)[0],
         'tokens': tokens,
       }
 

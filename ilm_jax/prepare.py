@@ -143,9 +143,9 @@ def prepare(
 
   print(f'\nprepared: {output} (plot: {output / "statistics.png"})')
   print(
-    'next: ilm_jax.tasks.recommendation registers SeqIO tasks of'
-    f' ilm_jax.data.prepared.load_prepared({str(output)!r});\n'
-    f'      `ilm embed --data={output} --output=DIR` makes another entity table for it'
+    'next: `ilm train --gin_file=architectures/qformer_minilm.gin --gin_file=runs/phase1.gin'
+    f' --gin.DATA={output}\n      --gin.MODEL_DIR=DIR --gin.TOTAL_STEPS=N` trains the item encoder;'
+    f' `ilm embed --data={output} --output=DIR`\n      makes another entity table'
   )
   return output
 

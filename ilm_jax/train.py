@@ -171,7 +171,8 @@ def train(
     like = _abstract_state(phase, optimizer, devices, rules)
     if checkpoints.latest_step() is not None:
       start, state, positions = checkpoints.restore(like)
-      _say(f'going on from step {start:,} of {model_dir}')
+      done = ': nothing is left to do' if start >= total_steps else ''
+      _say(f'going on from step {start:,} of {total_steps:,} in {model_dir}{done}')
     else:
       start = 0
       if restore_from:
@@ -237,7 +238,8 @@ def train(
           with progress.paused():
             found = results = phase.evaluate(state.params, frozen)
             log.write(step, {f'validation/{name}': value for name, value in found.items()})
-            progress.note(f'step {step:,}: {phase.best_metric} {found[phase.best_metric]:.4f}')
+            shown = [f'{name} {found[name]:.4g}' for name in phase.headline]
+            progress.note(f'step {step:,}, validation: {"  ".join(shown)}')
         if saving:
           with progress.paused():
             where = {name: _all_positions(reader) for name, reader in readers.items()}

@@ -29,6 +29,7 @@ def test_add_a_domain(tmp_path: Path):
   )
   assert first == second
   assert re.search(r'decoder_target_tokens +\(8, 1120\)', output)
+  assert (tmp_path / 'runs' / 'tiny' / 'checkpoints' / '4').is_dir()
   # What a domain has to write stays about 30 lines.
   code = [line for line in (tmp_path / 'my_books.py').read_text().splitlines() if line.strip()]
   assert len(code) <= 36

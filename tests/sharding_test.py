@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+import eight_devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,6 @@ from ilm_jax.modules import qformer
 
 RULES = sharding.DEFAULT_RULES
 # Optimised less, programs compile in less time.
-EIGHT = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 MESHES = {'8x1x1': (8, 1, 1), '2x2x2': (2, 2, 2), '1x4x2': (1, 4, 2)}
 CONFIG = dataclasses.replace(
   qformer.SIZES['tiny'], vocab_size=96, max_text_length=16, cross_attention_every=1, dropout_rate=0
@@ -134,12 +134,7 @@ def test_the_table_counts_what_every_device_holds():
 
 
 def test_on_eight_devices():
-  done = subprocess.run(
-    [sys.executable, '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', __file__]
-    + ['-k', 'TestOnEightDevices'],
-    env={**os.environ, 'XLA_FLAGS': EIGHT, 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr
+  eight_devices.run_class_of(__file__)
 
 
 @pytest.fixture(scope='module', params=MESHES.values(), ids=list(MESHES))
@@ -197,7 +192,7 @@ def shard_shapes(tree):
 
 
 class TestOnEightDevices:
-  __test__ = os.environ.get('XLA_FLAGS') == EIGHT  # in the subprocess of test_on_eight_devices
+  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
 
   def test_every_device_holds_its_part_of_every_parameter(self, mesh, params, single):
     f, t = mesh.shape['fsdp'], mesh.shape['tensor']

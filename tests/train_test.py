@@ -153,7 +153,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_bit_for_bit(
   monkeypatch.undo()
 
   train(model_dir=tmp_path, **settings)
-  assert f'going on from step 3 of {tmp_path}' in capsys.readouterr().err
+  assert f'going on from step 3 of 6 in {tmp_path}\n' in capsys.readouterr().err
   assert_same_run(tmp_path, straight[0])
 
 
@@ -177,7 +177,7 @@ def test_a_killed_run_goes_on_bit_for_bit(settings, straight, tmp_path):
 def test_a_finished_run_has_nothing_to_do(settings, straight, capsys):
   before = (straight[0] / 'metrics.jsonl').read_text()
   assert train(model_dir=straight[0], **settings) == {}
-  assert 'going on from step 6' in capsys.readouterr().err
+  assert f'step 6 of 6 in {straight[0]}: nothing is left to do' in capsys.readouterr().err
   assert (straight[0] / 'metrics.jsonl').read_text() == before
 
 
@@ -255,6 +255,14 @@ def test_wrong_settings_are_told(settings, tmp_path, change, message):
 
 
 # ---------------------------------------------------------------- one step
+
+
+def test_a_restart_knows_how_much_of_each_source_was_taken():
+  schedule = ('item_text', 'item_item', 'item_text', 'user_item')
+  for steps in range(12):
+    taken = [schedule[step % 4] for step in range(steps)]
+    for source in schedule:
+      assert train_module._taken(schedule, source, steps) == taken.count(source)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

@@ -68,6 +68,13 @@ class ItemTextPhase(Phase):
   name = 'item_text'
   best_metric = 'item_text/item_to_text/R@10'
   best_mode = 'max'
+  headline = (
+    'item_text/item_to_text/R@10',
+    'item_text/item_to_text/R@10/chance',
+    'item_text/text_to_item/R@10',
+    'item_text/itg/perplexity',
+    'item_text/itg/perplexity/shuffled',
+  )
 
   def __init__(
     self,

@@ -47,11 +47,13 @@ class Phase(abc.ABC):
     frozen: arrays that are put on the devices once and never trained; boxed with their logical axes
       where they have some.
     best_metric, best_mode: what `evaluate` returns that says which checkpoint is best.
+    headline: names of `evaluate` that are shown when it is done; the others are in the curves.
   """
 
   name: ClassVar[str]
   best_metric: ClassVar[str]
   best_mode: ClassVar[Literal['max', 'min']]
+  headline: ClassVar[tuple[str, ...]]
   identity: dict[str, Any]
   frozen: Any
 

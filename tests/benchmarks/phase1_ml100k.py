@@ -4,9 +4,10 @@
 
 For each seed: prepares the data (the seed decides which tenth of the items is held out), trains the
 three shipped jobs with that seed, and evaluates the last checkpoint of each on the held-out items,
-whose texts no training step has seen. Seeds 0 and 1 are what the jobs' settings were chosen
-on, so they are not among the defaults. Ridge and kernel ridge (item_text_retrieval_baselines.py) are fitted and
-asked on the same items. Interrupted and run again, it goes on; finished runs are only evaluated.
+whose texts no training step has seen. Seeds 0 and 1 are what the jobs' settings were chosen on, so
+they are not among the defaults. Ridge and kernel ridge (item_text_retrieval_baselines.py) are
+fitted and asked on the same items. Interrupted and run again, it goes on; finished runs are only
+evaluated.
 
 Writes OUTPUT/report.txt and OUTPUT/curves.png. An hour or more on two cores.
 """

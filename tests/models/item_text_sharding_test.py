@@ -1,9 +1,6 @@
 """Phase 1 on eight devices is phase 1 on one: loss, gradients, and the parameters after a step."""
 
-import os
-import subprocess
-import sys
-
+import eight_devices
 import flax.linen as nn
 import jax
 import numpy as np
@@ -15,7 +12,6 @@ from ilm_jax import sharding
 from ilm_jax.data.histories import UserHistories
 from ilm_jax.models.item_text import Frozen
 
-EIGHT = '--xla_force_host_platform_device_count=8'
 MESHES = [
   {'data': 8},
   {'data': 2, 'fsdp': 2, 'tensor': 2},
@@ -28,12 +24,7 @@ ITEMS = [0, 3, 1, 5, 2, 3, 4, 6, 5, 7, 8, 9, 10, 3, 11, 5]
 
 
 def test_on_eight_devices():
-  done = subprocess.run(
-    [sys.executable, '-m', 'pytest', '-q', '--noconftest', '-p', 'no:cacheprovider', __file__]
-    + ['-k', 'TestOnEightDevices'],
-    env={**os.environ, 'XLA_FLAGS': EIGHT, 'JAX_PLATFORMS': 'cpu'}, capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stdout + done.stderr
+  eight_devices.run_class_of(__file__)
 
 
 def batch_of(source):
@@ -56,6 +47,7 @@ def constants():
   return Frozen(nn.LogicallyPartitioned(vectors, ('entities', 'cf')), histories)
 
 
+SOURCES = ('item_text', 'item_item', 'user_item')
 MODEL = make_model()
 OPTIMIZER = optax.sgd(1.0)  # Adam divides by gradients, and with them by their rounding errors
 
@@ -79,17 +71,14 @@ def single():
   )
   frozen = nn.meta.unbox(constants())
   run = jax.jit(step, static_argnames='source')
-  return params, {s: run(params, frozen, batch_of(s), source=s) for s in MODEL_SOURCES}
-
-
-MODEL_SOURCES = ('item_text', 'item_item', 'user_item')
+  return params, {s: run(params, frozen, batch_of(s), source=s) for s in SOURCES}
 
 
 class TestOnEightDevices:
-  __test__ = os.environ.get('XLA_FLAGS') == EIGHT  # in the subprocess of test_on_eight_devices
+  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
 
   @pytest.mark.parametrize('shape', MESHES, ids=str)
-  @pytest.mark.parametrize('source', MODEL_SOURCES)
+  @pytest.mark.parametrize('source', SOURCES)
   def test_a_step_is_one_devices_step(self, single, shape, source):
     params, expected = single
     mesh = sharding.make_mesh(shape)

@@ -127,6 +127,11 @@ def train(
     UsageError: a setting is wrong, or MODEL_DIR belongs to another model or data set.
     FloatingPointError: a value is no longer finite; the message says where it began.
   """
+  counts = {'total_steps': total_steps, 'accumulate_steps': accumulate_steps}
+  counts |= {'eval_every': eval_every, 'save_every': save_every, 'log_every': log_every}
+  for name, value in counts.items():
+    if value < 1:
+      raise UsageError(f'train.{name}={value}: at least 1 is needed.')
   if eval_every % save_every:
     raise UsageError(
       f'eval_every={eval_every} is not a multiple of save_every={save_every}: what is evaluated is'

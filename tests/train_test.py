@@ -236,6 +236,8 @@ def test_a_value_that_is_not_finite_stops_with_its_name(settings, tmp_path):
     ({'schedule': []}, r'schedule is empty'),
     ({'batch_size': {'item_text': 8}}, r"has no entry for 'user_item', which the schedule names"),
     ({'batch_size': 6, 'accumulate_steps': 4}, r'batch_size=6 .* a multiple of 4'),
+    ({'total_steps': 0}, r'train\.total_steps=0: at least 1'),
+    ({'save_every': 0}, r'train\.save_every=0: at least 1'),
     ({'eval_every': 3}, r'eval_every=3 is not a multiple of save_every=2'),
     ({'item_encoder': {'size': 'tinny'}}, r"size='tinny'.*Did you mean 'tiny'\?"),
     ({'item_encoder': {'num_querys': 2}}, r"num_querys.*Did you mean 'num_queries'\?"),

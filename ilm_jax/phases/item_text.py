@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -230,6 +231,11 @@ class ItemTextPhase(Phase):
         break
       found.append(fetch(self._pair_metrics(params, frozen, batch, source)))
     if not found:
+      warnings.warn(
+        f'no metrics of {source}: its validation split has fewer pairs than a batch. Set'
+        ' train.text.eval_batch_size to fewer.',
+        stacklevel=2,
+      )
       return {}
     mean = {name: float(np.mean([each[name] for each in found])) for name in found[0]}
     by_temperature = np.mean([each['cf_gains'] for each in found], axis=0)

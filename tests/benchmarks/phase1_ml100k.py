@@ -148,10 +148,12 @@ def report(output: Path, seeds: list[int]) -> str:
       ways, metrics = evaluate_run(output, name, seed)
       note(name, ways)
       kept = scalars.setdefault(name, {})
-      for metric in MEASURED:
+      own, shuffled = (metrics[metric] for metric in MEASURED[:2])
+      metrics['item_text/itg/gain over shuffled'] = np.log(shuffled / own)
+      for metric in (*MEASURED, 'item_text/itg/gain over shuffled'):
         kept.setdefault(metric, []).append(metrics[metric])
-      for metric in ('user_item/raw_cf/gain', 'item_item/raw_cf/gain'):
-        scalars.setdefault('raw vectors', {}).setdefault(metric, []).append(metrics[metric])
+    for metric in ('user_item/raw_cf/gain', 'item_item/raw_cf/gain'):  # of the data, not the run
+      scalars.setdefault('raw vectors', {}).setdefault(metric, []).append(metrics[metric])
     for way, result in ways.items():
       for name in RETRIEVAL:
         label = {'item_to_text': 'i2t', 'text_to_item': 't2i'}[way]
@@ -167,13 +169,13 @@ def report(output: Path, seeds: list[int]) -> str:
     f'MovieLens-100K, phase 1, seeds {seeds}: {count} held-out items in all, the last checkpoints.',
     'Retrieval among the held-out items of a seed; mean [95 % bootstrap over items].',
     '',
-    ' ' * 18 + ''.join(f'{column:<23}' for column in columns),
-    f'{"chance":<18}' + ''.join(f'{np.mean(chance[column]):<23.3f}' for column in columns),
+    ' ' * 18 + ''.join(f'{column:<27}' for column in columns),
+    f'{"chance":<18}' + ''.join(f'{np.mean(chance[column]):<27.3f}' for column in columns),
   ]
   for name, values in joined.items():
     cells = [bootstrap_interval(values[column]) for column in columns]
     cells = [f'{x.mean:.3f} [{x.low:.3f}, {x.high:.3f}]' for x in cells]
-    lines.append(f'{name:<18}' + ''.join(f'{cell:<23}' for cell in cells))
+    lines.append(f'{name:<18}' + ''.join(f'{cell:<27}' for cell in cells))
   lines += ['', 'Differences, paired by item; * where the interval excludes 0:']
   for better, other in COMPARED:
     cells = []
@@ -181,7 +183,7 @@ def report(output: Path, seeds: list[int]) -> str:
       x = paired_bootstrap(joined[better][column], joined[other][column])
       star = '*' if x.low > 0 or x.high < 0 else ''
       cells.append(f'{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]{star}')
-    lines.append(f'{better + " - " + other:<18}' + ''.join(f'{cell:<25}' for cell in cells))
+    lines.append(f'{better + " - " + other:<18}' + ''.join(f'{cell:<27}' for cell in cells))
   lines += ['', f'Mean +- 95 % t interval over {len(seeds)} seeds:']
   for name, values in scalars.items():
     lines += [f'  {name:<12} {metric:<34} {spread(v)}' for metric, v in values.items()]

@@ -222,9 +222,9 @@ def train(
           window.add(step, source, rows, metrics, state.params, frozen)
         progress.step(step)
 
-        is_last = step == total_steps or bool(stop)
+        stopping = bool(stop)  # asked once a step: a signal may come at any line
         evaluating = step % eval_every == 0 or step == total_steps
-        saving = step % save_every == 0 or is_last
+        saving = step % save_every == 0 or step == total_steps or stopping
         if step % log_every == 0 or evaluating or saving:
           means, counts = window.fetch()  # raises where a value is not finite: nothing is saved
           rates = progress.rates(step, counts)
@@ -249,7 +249,7 @@ def train(
           with progress.paused():
             where = {name: _all_positions(reader) for name, reader in readers.items()}
             checkpoints.save(step, state, position=where, metrics=found)
-        if stop and step < total_steps:
+        if stopping and step < total_steps:
           progress.note(f'{stop}: saved step {step:,} in {model_dir}; run again to go on')
           break
     if stop.interrupted:

@@ -127,20 +127,28 @@ def test_the_evaluation_is_of_held_out_items(straight):
 # ---------------------------------------------------------------- stopping and going on
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT], ids=['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize(
+  ('number', 'owner', 'method', 'calls_before', 'saved'),
+  [
+    (signal.SIGTERM, ItemTextPhase, 'count', 2, 3),  # within step 3, which no period would save
+    (signal.SIGINT, ItemTextPhase, 'count', 2, 3),
+    # While step 3 is being logged, when it is too late to save it: the next step is.
+    (signal.SIGTERM, train_module._Window, 'fetch', 2, 4),
+  ],
+)
 def test_a_signal_saves_and_the_next_run_goes_on_bit_for_bit(
-  settings, straight, tmp_path, monkeypatch, capsys, number
+  settings, straight, tmp_path, monkeypatch, capsys, number, owner, method, calls_before, saved
 ):
-  counted = ItemTextPhase.count
+  original = getattr(owner, method)
   calls = []
 
-  def count(self, source, batch):
-    calls.append(source)
-    if len(calls) == 3:  # in step 3, which no period would save
+  def interrupted(*args):
+    calls.append(method)
+    if len(calls) == calls_before + 1:
       signal.raise_signal(number)
-    return counted(self, source, batch)
+    return original(*args)
 
-  monkeypatch.setattr(ItemTextPhase, 'count', count)
+  monkeypatch.setattr(owner, method, interrupted)
   handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   if number == signal.SIGINT:
     with pytest.raises(KeyboardInterrupt):
@@ -148,12 +156,12 @@ def test_a_signal_saves_and_the_next_run_goes_on_bit_for_bit(
   else:
     train(model_dir=tmp_path, **settings)
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [2, 3]
-  assert f'{number.name}: saved step 3' in capsys.readouterr().err
+  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [2, saved]
+  assert f'{number.name}: saved step {saved}' in capsys.readouterr().err
   monkeypatch.undo()
 
   train(model_dir=tmp_path, **settings)
-  assert f'going on from step 3 of 6 in {tmp_path}\n' in capsys.readouterr().err
+  assert f'going on from step {saved} of 6 in {tmp_path}\n' in capsys.readouterr().err
   assert_same_run(tmp_path, straight[0])
 
 

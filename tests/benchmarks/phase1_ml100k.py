@@ -1,6 +1,6 @@
 """Phase 1 on MovieLens-100K: IT, IT-II and IT-UI, three seeds, against closed-form maps.
 
-  python tests/benchmarks/phase1_ml100k.py [--output=runs/phase1] [--seeds 2 3 4]
+  python tests/benchmarks/phase1_ml100k.py [--output=runs/phase1_comparison] [--seeds 2 3 4]
 
 For each seed: prepares the data (the seed decides which tenth of the items is held out), trains the
 three shipped jobs with that seed, and evaluates the last checkpoint of each on the held-out items,
@@ -238,7 +238,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--output', type=Path, default=Path('runs/phase1'))
+  parser.add_argument('--output', type=Path, default=Path('runs/phase1_comparison'))
   parser.add_argument('--seeds', type=int, nargs='+', default=[2, 3, 4])
   arguments = parser.parse_args()
   train_all(arguments.output, arguments.seeds)

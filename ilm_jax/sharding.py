@@ -43,6 +43,7 @@ DEFAULT_RULES: Rules = (
   ('embed', 'fsdp'),
   ('mlp', 'tensor'),
   ('heads', 'tensor'),
+  ('kv_heads', None),  # few: one in small Gemmas, so that they seldom divide
   ('vocab', 'tensor'),
   ('kv', None),
   ('layers', None),

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.modules.layers import REMAT_POLICIES
 from ilm_jax.modules.precision import bf16_dot_general
 from ilm_jax.sharding import constrain, with_axes
 
@@ -23,11 +24,6 @@ _INIT = nn.initializers.normal(0.02)  # BERT's, also of the queries
 # Of what reads the encoder tokens: unit RMS in, unit RMS out. BLIP-2's normal(0.02) does that for
 # its 1,408 wide image features, but would all but silence a CF vector of 32.
 _ENCODER_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal', out_axis=(-2, -1))
-# Which activations of a layer the backward pass finds saved, and does not compute again.
-REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Language models from elsewhere: readers of foreign formats, and what they are called there."""

@@ -1,0 +1,1 @@
+"""Decoding inside jit: sampling, constrained search."""

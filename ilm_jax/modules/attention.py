@@ -1,0 +1,233 @@
+"""Attention of the language models: who sees whom, and keys and values kept for later tokens.
+
+What a token sees follows from positions and segment ids alone, in a cache too, where they are kept
+beside the keys: rows of different length, packed rows and prompts with a shared beginning need
+nothing else.
+
+Letters: B batch, T new tokens, S places of a cache, L layers, H heads, N key-value heads,
+G = H / N, C head width.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+UNWRITTEN = jnp.iinfo(jnp.int32).max  # position of a place in a cache that holds no token
+_MASKED = -1e30
+
+
+class KeyValue(NamedTuple):
+  """Keys and values of one layer, heads first: [B, N, T, C] each. Stacked: [L, B, N, T, C]."""
+
+  key: jax.Array
+  value: jax.Array
+
+
+class NewTokens(NamedTuple):
+  """Keys and values of tokens that went through the layers, for `Cache.append`."""
+
+  layers: Any
+  positions: jax.Array
+  segment_ids: jax.Array
+
+
+class Cache(NamedTuple):
+  """What later tokens see of earlier ones. The layers read it; `append` writes it.
+
+  Attributes:
+    layers: KeyValue, stacked; where layers are not scanned, a list of one for each.
+    positions: [B, S] int32, UNWRITTEN where there is no token.
+    segment_ids: [B, S] int32; 0 for padding.
+    length: scalar int32, how many places are written, in every row the same ones.
+
+  B may be 1 while tokens come in many rows: a beginning that all share.
+  """
+
+  layers: Any
+  positions: jax.Array
+  segment_ids: jax.Array
+  length: jax.Array
+
+  @property
+  def capacity(self) -> int:
+    """S."""
+    return self.positions.shape[1]
+
+  def append(self, new: NewTokens) -> 'Cache':
+    """With T more tokens. There must be room: a full cache would be overwritten at its end."""
+
+    def write(cached: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+      x = x.astype(cached.dtype)
+      return jax.lax.dynamic_update_slice_in_dim(cached, x, self.length, cached.ndim + axis)
+
+    return Cache(
+      jax.tree.map(lambda cached, x: write(cached, x, -2), self.layers, new.layers),
+      write(self.positions, new.positions, -1),
+      write(self.segment_ids, new.segment_ids, -1),
+      self.length + new.positions.shape[1],
+    )
+
+  def repeat(self, rows: int) -> 'Cache':
+    """A cache of one row as one of many."""
+    return self._replace(
+      layers=jax.tree.map(lambda x: jnp.repeat(x, rows, x.ndim - 4), self.layers),
+      positions=jnp.repeat(self.positions, rows, 0),
+      segment_ids=jnp.repeat(self.segment_ids, rows, 0),
+    )
+
+
+def init_cache(
+  num_layers: int,
+  batch: int,
+  capacity: int,
+  num_kv_heads: int,
+  head_dim: int,
+  *,
+  dtype: Any,
+  stacked: bool,
+) -> Cache:
+  """An empty cache; `stacked` as the layers are (`Compute.scan_layers`)."""
+  shape = (batch, num_kv_heads, capacity, head_dim)
+
+  def empty(*leading: int) -> KeyValue:
+    return KeyValue(jnp.zeros(leading + shape, dtype), jnp.zeros(leading + shape, dtype))
+
+  return Cache(
+    empty(num_layers) if stacked else [empty() for _ in range(num_layers)],
+    jnp.full((batch, capacity), UNWRITTEN, jnp.int32),
+    jnp.zeros((batch, capacity), jnp.int32),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+class Tokens(NamedTuple):
+  """Where tokens stand: `positions` and `segment_ids`, [B, T] int32."""
+
+  positions: jax.Array
+  segment_ids: jax.Array
+
+
+def tokens_at(
+  batch: int, length: int, positions: jax.Array | None, segment_ids: jax.Array | None
+) -> Tokens:
+  """Fills in what was not given: positions 0, 1, ..., and one segment."""
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+  if segment_ids is None:
+    segment_ids = jnp.ones((batch, length), jnp.int32)
+  return Tokens(positions, segment_ids)
+
+
+def visible(
+  queries: Tokens,
+  keys: Tokens,
+  *,
+  causal: bool = True,
+  prefix_mask: jax.Array | None = None,
+) -> jax.Array:
+  """Who sees whom: tokens of the same segment, backwards; within the prefix both ways.
+
+  positions    0 1 2 3 0 1 0     1 . . . . . .
+  segment_ids  1 1 1 1 2 2 0     1 1 . . . . .
+                                 1 1 1 . . . .
+                                 1 1 1 1 . . .
+                                 . . . . 1 . .
+                                 . . . . 1 1 .
+                                 . . . . . . 1
+
+  Args:
+    queries, keys: [B, T] and [B or 1, S].
+    causal: False lets queries see all of their segment.
+    prefix_mask: [B, T], where queries and keys are the same tokens: nonzero in the prefix.
+
+  Returns:
+    [B, T, S] bool.
+  """
+  same = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+  if not causal:
+    return same & (keys.positions != UNWRITTEN)[:, None, :]
+  backwards = keys.positions[:, None, :] <= queries.positions[:, :, None]
+  if prefix_mask is not None:
+    prefix = prefix_mask != 0
+    backwards |= prefix[:, :, None] & prefix[:, None, :]
+  return same & backwards
+
+
+def within(queries: Tokens, keys: Tokens, window: int) -> jax.Array:
+  """[B, T, S] bool: less than `window` tokens apart. Itself and window - 1 before."""
+  apart = queries.positions[:, :, None] - keys.positions[:, None, :]
+  return jnp.abs(apart) < window
+
+
+def attend(
+  query: jax.Array,
+  new: KeyValue,
+  cached: KeyValue | None,
+  mask: jax.Array,
+  *,
+  scale: float = 1.0,
+  softcap: float | None = None,
+  bias: jax.Array | None = None,
+  implementation: str = 'xla',
+) -> jax.Array:
+  """Attention to cached and new tokens.
+
+  Args:
+    query: [B, H, T, C].
+    new: [B, N, T', C].
+    cached: [B or 1, N, S, C] or None.
+    mask: [B or 1, T, S + T'] bool, cached tokens first.
+    scale: of the scores.
+    softcap: c: scores become c tanh(score / c).
+    bias: [B or 1, H, T, S + T'], added to the scores.
+    implementation: of jax.nn.dot_product_attention, which serves where there is neither a cache nor
+      a softcap.
+
+  Returns:
+    [B, H, T, C].
+  """
+  batch, heads, length, width = query.shape
+  if cached is None and softcap is None:
+    by_token = (x.swapaxes(1, 2) for x in (query, new.key, new.value))
+    attended = jax.nn.dot_product_attention(
+      *by_token,
+      bias=bias,
+      mask=mask[:, None],
+      scale=scale,
+      implementation=implementation,  # pyright: ignore[reportArgumentType]
+    )
+    return attended.swapaxes(1, 2)
+  kv_heads = new.key.shape[1]
+  grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, width)
+  # Scores of the two parts are put together, not the keys: a cache is read where it lies.
+  parts = [new] if cached is None else [cached, new]
+  scores = jnp.concatenate([_scores(grouped, part.key) for part in parts], axis=-1) * scale
+  if softcap is not None:
+    scores = softcap * jnp.tanh(scores / softcap)
+  if bias is not None:
+    scores += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
+  scores = jnp.where(mask[:, None, None], scores, _MASKED)
+  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  starts = [0, cached.key.shape[-2]] if cached is not None else [0]
+  attended = sum(
+    _weighted(weights[..., start : start + part.value.shape[-2]], part.value)
+    for start, part in zip(starts, parts)
+  )
+  return attended.astype(query.dtype).reshape(query.shape)
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+  """[B, N, G, T, C], [B or 1, N, S, C] -> [B, N, G, T, S] float32."""
+  key = key.astype(query.dtype)
+  if key.shape[0] == 1:
+    return jnp.einsum('bngtc,nsc->bngts', query, key[0], preferred_element_type=jnp.float32)
+  return jnp.einsum('bngtc,bnsc->bngts', query, key, preferred_element_type=jnp.float32)
+
+
+def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+  """[B, N, G, T, S], [B or 1, N, S, C] -> [B, N, G, T, C] float32."""
+  value = value.astype(weights.dtype)
+  if value.shape[0] == 1:
+    return jnp.einsum('bngts,nsc->bngtc', weights, value[0], preferred_element_type=jnp.float32)
+  return jnp.einsum('bngts,bnsc->bngtc', weights, value, preferred_element_type=jnp.float32)

@@ -1,0 +1,192 @@
+"""What the language models (`decoder.py`, `t5.py`) are built from.
+
+Letters: B batch, T tokens, D model width, H heads, N key-value heads, C head width, F feed-forward
+width, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ilm_jax.modules.precision import bf16_dot_general
+from ilm_jax.sharding import constrain, with_axes
+
+# Which activations of a layer the backward pass finds saved, and does not compute again.
+REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  'gelu': nn.gelu,  # the tanh approximation, as in Gemma and T5
+  'silu': nn.silu,
+  'relu': nn.relu,
+}
+ATTENTIONS = ('xla', 'cudnn', 'splash')
+_INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a language model is computed: nothing that changes what it is.
+
+  Attributes:
+    dtype: of activations.
+    param_dtype: of kernels and embeddings; the scales of norms are always float32.
+    bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
+      in float32. Twice as fast on CPUs that have bfloat16.
+    remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
+    scan_layers: one compiled layer that runs L times, over parameters stacked along a first axis,
+      'layers/...'; else L layers, 'layers_0/...', which compile L times as long. XLA for CPUs
+      converts stacked bfloat16 to float32 in every call: there, False is twice as fast.
+    attention: 'xla'; or a fused kernel that never holds [T, T] scores: 'splash' (TPU) or 'cudnn'
+      (NVIDIA), which serve calls without a cache or a prefix mask.
+  """
+
+  dtype: Any = jnp.float32
+  param_dtype: Any = jnp.float32
+  bf16_matmul: bool = False
+  remat: str = 'none'
+  scan_layers: bool = True
+  attention: str = 'xla'
+
+  def __post_init__(self):
+    if self.remat not in ('none', *REMAT_POLICIES):
+      raise ValueError(f"remat={self.remat!r}: 'none' or one of {sorted(REMAT_POLICIES)}.")
+    if self.attention not in ATTENTIONS:
+      raise ValueError(f'attention={self.attention!r}: one of {ATTENTIONS}.')
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+  `scale` is the whole factor: the importers of Gemma, which stores it less one, add the one.
+  """
+
+  epsilon: float
+  dtype: Any
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones = with_axes(nn.initializers.ones, (self.axis,))
+    scale: Any = self.param('scale', ones, (x.shape[-1],), jnp.float32)
+    x = x.astype(jnp.float32)
+    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
+    return (normed * scale).astype(self.dtype)
+
+
+class Embedder(nn.Module):
+  """The token embedding [V, D], and the logits of a model whose head is tied to it."""
+
+  vocab_size: int
+  d_model: int
+  compute: Compute
+
+  def setup(self):
+    init = with_axes(nn.initializers.normal(1.0), ('vocab', 'embed'))
+    shape = (self.vocab_size, self.d_model)
+    self.embedding: Any = self.param('embedding', init, shape, self.compute.param_dtype)
+
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """[B, T] ids -> [B, T, D]."""
+    return jnp.take(self.embedding, tokens, axis=0).astype(self.compute.dtype)
+
+  def attend(self, hidden: jax.Array) -> jax.Array:
+    """[..., D] -> logits [..., V], float32."""
+    return head_logits(hidden, self.embedding, self.compute)
+
+
+def head_logits(hidden: jax.Array, embedding: jax.Array, compute: Compute) -> jax.Array:
+  """[..., D], [V, D] -> [..., V]: sums in float32 whatever the operands are."""
+  dtype = jnp.bfloat16 if compute.bf16_matmul else compute.dtype
+  dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+  return jax.lax.dot_general(
+    hidden.astype(dtype), embedding.astype(dtype), dims, preferred_element_type=jnp.float32
+  )
+
+
+def dense(
+  name: str,
+  features: int | tuple[int, ...],
+  axes: tuple[str, ...],
+  compute: Compute,
+  *,
+  inputs: int = 1,
+  bias: bool = False,
+) -> nn.Module:
+  """A linear layer over the last `inputs` axes; `axes` are its kernel's, inputs and features."""
+  return nn.DenseGeneral(
+    features,
+    axis=tuple(range(-inputs, 0)),
+    use_bias=bias,
+    kernel_init=with_axes(_INIT, axes),
+    bias_init=with_axes(nn.initializers.zeros, axes[inputs:]),
+    dtype=compute.dtype,
+    param_dtype=compute.param_dtype,
+    dot_general=bf16_dot_general if compute.bf16_matmul else None,
+    name=name,
+  )
+
+
+class GatedMlp(nn.Module):
+  """wo(activation(wi_0(x)) * wi_1(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+  d_mlp: int
+  activation: str
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = dense('wi_0', self.d_mlp, ('embed', 'mlp'), self.compute)(x)
+    up = dense('wi_1', self.d_mlp, ('embed', 'mlp'), self.compute)(x)
+    hidden = ACTIVATIONS[self.activation](gate) * up
+    hidden = constrain(hidden, ('batch', 'length', 'mlp'))
+    return dense('wo', x.shape[-1], ('mlp', 'embed'), self.compute)(hidden)
+
+
+def run_layers(
+  layer: Callable[..., nn.Module],
+  num_layers: int,
+  compute: Compute,
+  carry: Any,
+  per_layer: Any,
+  shared: Any,
+) -> tuple[Any, Any]:
+  """Runs the layers of a stack, inside the `__call__` of a compact module.
+
+  Args:
+    layer: layer(name=...) makes one, which is called as (carry, own, shared) and returns
+      (carry, output).
+    num_layers: L.
+    compute: says whether the layers are scanned and what of them is kept.
+    carry: what goes from one layer to the next.
+    per_layer: a tree of arrays [L, ...], of which each layer gets its own [...]; where layers are
+      not scanned, a list of L trees.
+    shared: what all layers get.
+
+  Returns:
+    What the last layer carries on; and the outputs, stacked or a list, as per_layer is.
+  """
+  if compute.remat != 'none':
+    # Inside a scan nothing can be merged with the first computation, so prevent_cse only costs.
+    policy = REMAT_POLICIES[compute.remat]
+    layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
+  if not compute.scan_layers:
+    outputs = []
+    for i in range(num_layers):
+      carry, output = layer(name=f'layers_{i}')(carry, per_layer[i], shared)
+      outputs.append(output)
+    return carry, outputs
+  scanned = nn.scan(
+    layer,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
+    length=num_layers,
+    metadata_params={nn.PARTITION_NAME: 'layers'},
+  )
+  return scanned(name='layers')(carry, per_layer, shared)

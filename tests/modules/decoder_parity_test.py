@@ -1,0 +1,137 @@
+"""Parity of the decoder with Hugging Face transformers (torch) on the same random weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ilm_jax.checkpoints.lm import huggingface
+from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.layers import Compute
+from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh
+
+pytestmark = pytest.mark.parity
+
+SMALL = dict(
+  vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+  num_key_value_heads=2, head_dim=8, max_position_embeddings=64, attn_implementation='eager',
+)  # fmt: skip
+LLAMA3 = dict(
+  rope_type='llama3', rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+  original_max_position_embeddings=16,
+)  # fmt: skip
+# Family -> config class, and what it has besides SMALL. Windows of 5 are shorter than the prompts.
+FAMILIES = {
+  'gemma': ('GemmaConfig', {}),
+  'gemma2': ('Gemma2Config', dict(sliding_window=5, query_pre_attn_scalar=16)),
+  'gemma2_wide': ('Gemma2Config', dict(sliding_window=50, query_pre_attn_scalar=16)),
+  'gemma2_no_caps': (
+    'Gemma2Config',
+    dict(sliding_window=5, attn_logit_softcapping=None, final_logit_softcapping=None),
+  ),
+  'gemma3': ('Gemma3TextConfig', dict(num_hidden_layers=8, sliding_window=5)),
+  'gemma3_wide': ('Gemma3TextConfig', dict(num_hidden_layers=8, sliding_window=50)),
+  'gemma3_4b': (
+    'Gemma3TextConfig',
+    dict(
+      num_hidden_layers=8,
+      sliding_window=5,
+      query_pre_attn_scalar=168,
+      rope_parameters={
+        'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0},
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+      },
+    ),
+  ),  # fmt: skip
+  'llama': ('LlamaConfig', dict(tie_word_embeddings=False, head_dim=None)),
+  'llama_tied': ('LlamaConfig', dict(tie_word_embeddings=True, rope_theta=1e5)),
+  'llama3': ('LlamaConfig', dict(rope_parameters=LLAMA3)),
+  'qwen2': ('Qwen2Config', {}),
+  'qwen3': ('Qwen3Config', dict(tie_word_embeddings=True)),
+}
+
+
+@dataclasses.dataclass
+class Pair:
+  """The same language model, in torch and in JAX."""
+
+  torch_model: object
+  lm: Decoder
+  variables: dict
+
+  def logits(self, *args, **kwargs):
+    return np.asarray(self.lm.apply(self.variables, *args, method='logits_of', **kwargs))
+
+  def reference(self, tokens, **kwargs):
+    import torch
+
+    with torch.no_grad():
+      inputs = {k: torch.tensor(np.asarray(v)) for k, v in kwargs.items()}
+      return self.torch_model(torch.tensor(tokens), **inputs).logits.numpy()
+
+
+def make_pair(family, directory, compute=Compute()):
+  import torch
+  import transformers
+
+  name, changes = FAMILIES[family]
+  config = getattr(transformers, name)(**{**SMALL, **changes})
+  torch.manual_seed(0)
+  model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation='eager').eval()
+  with torch.no_grad():
+    for key, parameter in model.named_parameters():
+      noise = torch.randn_like(parameter)
+      parameter.copy_(parameter + (0.3 if 'norm' in key or 'bias' in key else 0.1) * noise)
+  model.save_pretrained(directory)
+  return Pair(model, *load(directory, compute))
+
+
+def load(directory, compute):
+  config = huggingface.read_json(directory / 'config.json')
+  lm = Decoder(huggingface.decoder_config(config, str(directory)), compute)
+  source = huggingface.SafetensorsSource(directory)
+  recipe, dropped = huggingface.decoder_recipe(lm.config, source.shapes)
+  like = abstract_init(
+    lambda key: lm.init(key, jnp.zeros((1, 2), jnp.int32), method='logits_of')['params'],
+    make_mesh({'data': -1}),
+    DEFAULT_RULES,
+    jax.random.key(0),
+  )
+  params, _ = assemble(source, recipe, like, dropped=dropped)
+  return lm, {'params': params}
+
+
+@pytest.fixture(scope='module', params=FAMILIES)
+def pair(request, tmp_path_factory):
+  return make_pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+TOKENS = np.random.default_rng(0).integers(1, 97, (2, 24)).astype(np.int32)
+
+
+def close(a, b):
+  assert np.abs(a - b).max() < 1e-4
+
+
+def test_logits(pair):
+  close(pair.logits(TOKENS), pair.reference(TOKENS))
+
+
+def test_padding_on_the_right(pair):
+  segment_ids = np.ones_like(TOKENS)
+  segment_ids[0, 15:] = 0
+  ours = pair.logits(TOKENS, segment_ids=segment_ids)
+  theirs = pair.reference(TOKENS, attention_mask=segment_ids)
+  close(ours[segment_ids > 0], theirs[segment_ids > 0])
+
+
+def test_packed_rows(pair):
+  row = np.concatenate([TOKENS[0, :14], TOKENS[1, :9], [0]])[None]
+  segment_ids = np.array([[1] * 14 + [2] * 9 + [0]])
+  positions = np.array([[*range(14), *range(9), 0]])
+  packed = pair.logits(row, positions, segment_ids)
+  close(packed[:, :14], pair.reference(TOKENS[:1, :14]))
+  close(packed[:, 14:23], pair.reference(TOKENS[1:, :9]))

@@ -189,9 +189,10 @@ def attend(
   """
   batch, heads, length, width = query.shape
   if cached is None and softcap is None:
-    by_token = (x.swapaxes(1, 2) for x in (query, new.key, new.value))
     attended = jax.nn.dot_product_attention(
-      *by_token,
+      query.swapaxes(1, 2),
+      new.key.swapaxes(1, 2),
+      new.value.swapaxes(1, 2),
       bias=bias,
       mask=mask[:, None],
       scale=scale,
@@ -200,20 +201,21 @@ def attend(
     return attended.swapaxes(1, 2)
   kv_heads = new.key.shape[1]
   grouped = query.reshape(batch, kv_heads, heads // kv_heads, length, width)
-  # Scores of the two parts are put together, not the keys: a cache is read where it lies.
-  parts = [new] if cached is None else [cached, new]
-  scores = jnp.concatenate([_scores(grouped, part.key) for part in parts], axis=-1) * scale
+  scores = _scores(grouped, new.key)
+  if cached is not None:
+    # Scores are put together, not keys: a cache is read where it lies.
+    scores = jnp.concatenate([_scores(grouped, cached.key), scores], axis=-1)
+  scores *= scale
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
   if bias is not None:
     scores += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
   weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-  starts = [0, cached.key.shape[-2]] if cached is not None else [0]
-  attended = sum(
-    _weighted(weights[..., start : start + part.value.shape[-2]], part.value)
-    for start, part in zip(starts, parts)
-  )
+  before = 0 if cached is None else cached.key.shape[-2]
+  attended = _weighted(weights[..., before:], new.value)
+  if cached is not None:
+    attended += _weighted(weights[..., :before], cached.value)
   return attended.astype(query.dtype).reshape(query.shape)
 
 

@@ -23,6 +23,13 @@ LLAMA3 = dict(
   rope_type='llama3', rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
   original_max_position_embeddings=16,
 )  # fmt: skip
+GEMMA3_4B = dict(
+  query_pre_attn_scalar=168,
+  rope_parameters={
+    'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0},
+    'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
+  },
+)
 # Family -> config class, and what it has besides SMALL. Windows of 5 are shorter than the prompts.
 FAMILIES = {
   'gemma': ('GemmaConfig', {}),

@@ -101,7 +101,7 @@ def assemble(
     UsageError: a parameter has no recipe, a tensor is missing, left over or of another shape. The
       message lists them all, and nothing was read.
   """
-  flat = flax.traverse_util.flatten_dict(like, sep='/')
+  flat: dict[str, Any] = flax.traverse_util.flatten_dict(like, sep='/')
   plans = {path: _plan(path, leaf, recipe, source) for path, leaf in flat.items()}
   used = {name for plan in plans.values() for part in plan.parts for name in part}
   rest = sorted(source.shapes.keys() - used, key=_natural)

@@ -62,8 +62,8 @@ def _files(directory: Path) -> list[Path]:
     return [directory / 'model.safetensors']
   found = sorted(path.name for path in directory.iterdir())
   raise UsageError(
-    f'{directory}: neither model.safetensors nor {_INDEX} in it, but {", ".join(found) or "nothing"}.'
-    ' Other formats can run code when they are read; save_pretrained(directory) of transformers'
+    f'{directory}: neither model.safetensors nor {_INDEX} in it, but'
+    f' {", ".join(found) or "nothing"}. Other formats can run code when they are read; save_pretrained(directory) of transformers'
     ' writes safetensors.'
   )
 
@@ -192,10 +192,7 @@ def _windows(get: _Getter, global_every: int) -> dict[str, Any]:
   kinds = get('layer_types', None)
   if kinds is not None:
     full = [i for i, kind in enumerate(kinds) if kind == 'full_attention']
-    if not full:
-      global_every = len(kinds) + 1
-    else:
-      global_every = full[0] + 1
+    global_every = full[0] + 1 if full else len(kinds) + 1
     expected = [(i + 1) % global_every == 0 for i in range(len(kinds))]
     if [kind == 'full_attention' for kind in kinds] != expected:
       raise UsageError(f'{get.where}: layer_types={kinds}; every n-th must be full_attention.')

@@ -8,7 +8,7 @@ Letters: B batch, T new tokens, S places of a cache, L layers, H heads, N key-va
 G = H / N, C head width.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def attend(
       bias=bias,
       mask=mask[:, None],
       scale=scale,
-      implementation=implementation,  # pyright: ignore[reportArgumentType]
+      implementation=cast(Any, implementation),
     )
     return attended.swapaxes(1, 2)
   kv_heads = new.key.shape[1]

@@ -41,18 +41,7 @@ FAMILIES = {
   ),
   'gemma3': ('Gemma3TextConfig', dict(num_hidden_layers=8, sliding_window=5)),
   'gemma3_wide': ('Gemma3TextConfig', dict(num_hidden_layers=8, sliding_window=50)),
-  'gemma3_4b': (
-    'Gemma3TextConfig',
-    dict(
-      num_hidden_layers=8,
-      sliding_window=5,
-      query_pre_attn_scalar=168,
-      rope_parameters={
-        'full_attention': {'rope_type': 'linear', 'rope_theta': 1e6, 'factor': 8.0},
-        'sliding_attention': {'rope_type': 'default', 'rope_theta': 1e4},
-      },
-    ),
-  ),  # fmt: skip
+  'gemma3_4b': ('Gemma3TextConfig', dict(num_hidden_layers=8, sliding_window=5, **GEMMA3_4B)),
   'llama': ('LlamaConfig', dict(tie_word_embeddings=False, head_dim=None)),
   'llama_tied': ('LlamaConfig', dict(tie_word_embeddings=True, rope_theta=1e5)),
   'llama3': ('LlamaConfig', dict(rope_parameters=LLAMA3)),

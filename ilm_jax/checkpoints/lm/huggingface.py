@@ -63,8 +63,8 @@ def _files(directory: Path) -> list[Path]:
   found = sorted(path.name for path in directory.iterdir())
   raise UsageError(
     f'{directory}: neither model.safetensors nor {_INDEX} in it, but'
-    f' {", ".join(found) or "nothing"}. Other formats can run code when they are read; save_pretrained(directory) of transformers'
-    ' writes safetensors.'
+    f' {", ".join(found) or "nothing"}. Other formats can run code when they are read;'
+    ' save_pretrained(directory) of transformers writes safetensors.'
   )
 
 

@@ -25,6 +25,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
   'silu': nn.silu,
   'relu': nn.relu,
 }
+_FLOATS = ('float32', 'bfloat16', 'float16')
 ATTENTIONS = ('xla', 'cudnn', 'splash')
 _INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 
@@ -35,7 +36,8 @@ class Compute:
 
   Attributes:
     dtype: of activations.
-    param_dtype: of kernels and embeddings; the scales of norms are always float32.
+    param_dtype: of kernels and embeddings; the scales of norms are always float32. 'int8' is for
+      frozen models: 8 bits, and a float32 factor for each output of a kernel and each token.
     bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
       in float32. Twice as fast on CPUs that have bfloat16.
     remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
@@ -58,6 +60,13 @@ class Compute:
       raise ValueError(f"remat={self.remat!r}: 'none' or one of {sorted(REMAT_POLICIES)}.")
     if self.attention not in ATTENTIONS:
       raise ValueError(f'attention={self.attention!r}: one of {ATTENTIONS}.')
+    for name, allowed in (('dtype', _FLOATS), ('param_dtype', (*_FLOATS, 'int8'))):
+      if jnp.dtype(getattr(self, name)).name not in allowed:
+        raise ValueError(f'{name}={getattr(self, name)!r}: one of {allowed}.')
+
+  @property
+  def is_int8(self) -> bool:
+    return jnp.dtype(self.param_dtype) == jnp.int8
 
 
 class RMSNorm(nn.Module):
@@ -87,26 +96,30 @@ class Embedder(nn.Module):
   compute: Compute
 
   def setup(self):
-    init = with_axes(nn.initializers.normal(1.0), ('vocab', 'embed'))
+    dtype = self.compute.param_dtype
+    init = with_axes(_random(nn.initializers.normal(1.0)), ('vocab', 'embed'))
     shape = (self.vocab_size, self.d_model)
-    self.embedding: Any = self.param('embedding', init, shape, self.compute.param_dtype)
+    self.embedding: Any = self.param('embedding', init, shape, dtype)
+    if self.compute.is_int8:
+      scale = with_axes(nn.initializers.ones, ('vocab',))
+      self.embedding_scale: Any = self.param('embedding_scale', scale, shape[:1], jnp.float32)
 
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """[B, T] ids -> [B, T, D]."""
-    return jnp.take(self.embedding, tokens, axis=0).astype(self.compute.dtype)
+    embeddings = jnp.take(self.embedding, tokens, axis=0).astype(self.compute.dtype)
+    if not self.compute.is_int8:
+      return embeddings
+    scale = jnp.take(self.embedding_scale, tokens, axis=0)[..., None]
+    return (embeddings * scale).astype(self.compute.dtype)
 
   def attend(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] -> logits [..., V], float32."""
-    return head_logits(hidden, self.embedding, self.compute)
-
-
-def head_logits(hidden: jax.Array, embedding: jax.Array, compute: Compute) -> jax.Array:
-  """[..., D], [V, D] -> [..., V]: sums in float32 whatever the operands are."""
-  dtype = jnp.bfloat16 if compute.bf16_matmul else compute.dtype
-  dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-  return jax.lax.dot_general(
-    hidden.astype(dtype), embedding.astype(dtype), dims, preferred_element_type=jnp.float32
-  )
+    """[..., D] -> logits [..., V]: sums in float32 whatever the operands are."""
+    dtype = jnp.bfloat16 if self.compute.bf16_matmul else self.compute.dtype
+    dims = (((hidden.ndim - 1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(
+      hidden.astype(dtype), self.embedding.astype(dtype), dims, preferred_element_type=jnp.float32
+    )
+    return logits * self.embedding_scale if self.compute.is_int8 else logits
 
 
 def dense(
@@ -119,6 +132,8 @@ def dense(
   bias: bool = False,
 ) -> nn.Module:
   """A linear layer over the last `inputs` axes; `axes` are its kernel's, inputs and features."""
+  if compute.is_int8:
+    return _Int8Dense(features, axes, compute, inputs, bias, name=name)
   return nn.DenseGeneral(
     features,
     axis=tuple(range(-inputs, 0)),
@@ -130,6 +145,44 @@ def dense(
     dot_general=bf16_dot_general if compute.bf16_matmul else None,
     name=name,
   )
+
+
+class _Int8Dense(nn.Module):
+  """The same with an 8-bit kernel. Bytes are exact in bfloat16, so that products lose nothing."""
+
+  features: int | tuple[int, ...]
+  axes: tuple[str, ...]
+  compute: Compute
+  inputs: int
+  bias: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    n, outputs = self.inputs, self.axes[self.inputs :]
+    features = (self.features,) if isinstance(self.features, int) else self.features
+    init = with_axes(_random(_INIT), self.axes)
+    kernel: Any = self.param('kernel', init, (*x.shape[-n:], *features), jnp.int8)
+    ones = with_axes(nn.initializers.ones, outputs)
+    scale: Any = self.param('kernel_scale', ones, features, jnp.float32)
+    dims = ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
+    dot = bf16_dot_general if self.compute.bf16_matmul else jax.lax.dot_general
+    y = dot(x, kernel.astype(x.dtype), dims) * scale
+    if self.bias:
+      zeros = with_axes(nn.initializers.zeros, outputs)
+      bias: Any = self.param('bias', zeros, features, jnp.float32)
+      y += bias
+    return y.astype(self.compute.dtype)
+
+
+def _random(init: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  """The initializer, which for bytes gives any bytes: they are for tests of shapes and speed."""
+
+  def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    if jnp.dtype(dtype) == jnp.int8:
+      return jax.random.randint(key, shape, -127, 128, dtype)
+    return init(key, shape, dtype)
+
+  return draw
 
 
 class GatedMlp(nn.Module):

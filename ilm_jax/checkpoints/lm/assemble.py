@@ -101,7 +101,9 @@ def assemble(
     UsageError: a parameter has no recipe, a tensor is missing, left over or of another shape. The
       message lists them all, and nothing was read.
   """
+  recipe = {**recipe, **_int8(recipe, like)}
   flat: dict[str, Any] = flax.traverse_util.flatten_dict(like, sep='/')
+  recipe = {**recipe, **_int8(recipe, flat)}
   plans = {path: _plan(path, leaf, recipe, source) for path, leaf in flat.items()}
   used = {name for plan in plans.values() for part in plan.parts for name in part}
   rest = sorted(source.shapes.keys() - used, key=_natural)
@@ -112,6 +114,41 @@ def assemble(
     source.where, sum(math.prod(x.shape) for x in flat.values()), len(used), tuple(unused)
   )
   return flax.traverse_util.unflatten_dict(params, sep='/'), report
+
+
+def _int8(recipe: Recipe, flat: Mapping[str, Any]) -> dict[str, Leaf]:
+  """Of 8-bit kernels and embeddings, and of the factors beside them (`Compute.param_dtype`).
+
+  A kernel has a factor for each of its outputs, its last axes; an embedding one for each token.
+  """
+  made = {}
+  for path, scale in flat.items():
+    key = _recipe_key(path.removesuffix('_scale'))
+    if path.endswith('_scale') and key in recipe:
+      entry, whole = recipe[key], path.removesuffix('_scale')
+      outputs, axes = len(scale.shape), len(flat[whole].shape)
+      stacked = path.startswith('layers/') or '/layers/' in path
+      is_table = whole.endswith('embedding')
+      reduced = (-1,) if is_table else tuple(range(stacked - axes, stacked - outputs))
+      made[key] = Leaf(entry.tensors, functools.partial(_bytes, entry.make, reduced))
+      made[f'{key}_scale'] = Leaf(entry.tensors, functools.partial(_factors, entry.make, reduced))
+  return made
+
+
+def _factors(make: Callable[..., Any], axes: tuple[int, ...], *tensors: Any, keep: bool = False):
+  """The largest of what shares a factor becomes 127."""
+  largest = abs(make(*tensors).astype(np.float32)).max(axis=axes, keepdims=keep)
+  return largest / 127 + (largest == 0)
+
+
+def _bytes(make: Callable[..., Any], axes: tuple[int, ...], *tensors: Any) -> Any:
+  factors = _factors(make, axes, *tensors, keep=True)
+  return (make(*tensors).astype(np.float32) / factors).round().astype(np.int8)
+
+
+def _recipe_key(path: str) -> str:
+  """'layers_3/mlp/wo/kernel' -> 'layers/mlp/wo/kernel'."""
+  return re.sub(r'(^|/)layers_\d+/', r'\1layers/', path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +162,7 @@ class _Plan:
 
 def _plan(path: str, leaf: Any, recipe: Recipe, source: TensorSource) -> _Plan:
   one_layer = re.search(r'(^|/)layers_(\d+)/', path)
-  key = re.sub(r'(^|/)layers_\d+/', r'\1layers/', path)
+  key = _recipe_key(path)
   if key not in recipe:
     raise UsageError(
       f'{source.where}: nothing there makes the parameter {path} {list(leaf.shape)}: the checkpoint'

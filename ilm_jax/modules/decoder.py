@@ -194,6 +194,10 @@ class Decoder(nn.Module):
       return logits
     return self.config.final_softcap * jnp.tanh(logits / self.config.final_softcap)
 
+  def logits_at(self, hidden: jax.Array, at: jax.Array) -> jax.Array:
+    """[B, T, D] and positions in the rows [B, N] -> [B, N, V]."""
+    return self.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
+
   def logits_of(self, tokens: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
     """[B, T] ids -> [B, T, V]: everything at once, for small inputs and for `init`."""
     return self.logits(self(self.embed_tokens(tokens), *args, **kwargs)[0])

@@ -30,10 +30,12 @@ INSTALL_REQUIRES = [
   'clu>=0.0.12',
   'etils[epath]>=1.7',
   'flax>=0.12.8,<0.14',
+  'gguf>=0.16.3,<0.20',
   'gin-config>=0.5.0,<0.6',
   'implicit>=0.7.2,<0.8',
   'importlib_resources',  # tensorflow-datasets imports it without declaring it
   'jax>=0.10.2,<0.14',
+  'jinja2>=3.1',
   'matplotlib>=3.8',
   'numpy>=1.26',
   'optax>=0.2.8,<0.3',
@@ -46,6 +48,7 @@ INSTALL_REQUIRES = [
   'sentencepiece==0.2.1',  # 0.2.3's generated code does not load under protobuf 6
   'seqio==0.0.20',
   'tensorboard>=2.16',
+  'tensorstore>=0.1.60',
   'tensorflow>=2.20,<2.22',
   'tensorflow-datasets>=4.9.9,<4.10',
   'tensorflow-text>=2.20,<2.22',
@@ -58,7 +61,7 @@ EXTRAS = {
   'cuda': ['jax[cuda13]'],
   'demo': [],  # the demo's data and models are fetched on first use; nothing more to install
   'beam': ['apache-beam>=2.70,<3', 'google-crc32c'],
-  'torch': ['torch>=2.4', 'transformers>=5.0,<6'],
+  'torch': ['accelerate', 'torch>=2.4', 'transformers>=5.0,<6'],  # accelerate: GGUF files
   't5x': ['t5x @ git+https://github.com/google-research/t5x'],
 }
 # The tests compare the Beam path with the local one; pyright brings a Node.js where there is none.

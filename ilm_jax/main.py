@@ -15,6 +15,7 @@ COMMANDS = {
   'prepare': 'make a prepared data set: splits, ids, statistics, entity table, rankers',
   'embed': 'make or import another entity table for a prepared data set',
   'train': 'train the item encoder (phase 1)',
+  'complete': 'let a language model, by name or path, go on from a prompt',
 }
 
 # Commands that go on in the directory of this parameter, and so save their configuration first.

@@ -8,13 +8,14 @@ Letters: B batch, T new tokens, S places of a cache, L layers, H heads, N key-va
 G = H / N, C head width.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 UNWRITTEN = jnp.iinfo(jnp.int32).max  # position of a place in a cache that holds no token
 _MASKED = -1e30
+_FEW_ROWS = 8  # of queries, as when one token is decoded after the other
 
 
 class KeyValue(NamedTuple):
@@ -54,18 +55,42 @@ class Cache(NamedTuple):
     """S."""
     return self.positions.shape[1]
 
-  def append(self, new: NewTokens) -> 'Cache':
-    """With T more tokens. There must be room: a full cache would be overwritten at its end."""
+  def append(self, new: NewTokens, *, after: jax.Array | None = None) -> 'Cache':
+    """With T more tokens. There must be room: a full cache would be overwritten at its end.
+
+    Args:
+      new: the tokens.
+      after: ids >= 0, made of what was read from this cache (the next tokens, say). In a loop, XLA
+        writes into a cache in place only where it sees that all have read it before; else it copies
+        all of it in every step.
+    """
+    start = self.length
+    if after is not None:
+      start += jnp.minimum(jnp.min(after), 0)  # nothing, but XLA does not know
 
     def write(cached: jax.Array, x: jax.Array, axis: int) -> jax.Array:
       x = x.astype(cached.dtype)
-      return jax.lax.dynamic_update_slice_in_dim(cached, x, self.length, cached.ndim + axis)
+      return jax.lax.dynamic_update_slice_in_dim(cached, x, start, cached.ndim + axis)
 
     return Cache(
       jax.tree.map(lambda cached, x: write(cached, x, -2), self.layers, new.layers),
       write(self.positions, new.positions, -1),
       write(self.segment_ids, new.segment_ids, -1),
       self.length + new.positions.shape[1],
+    )
+
+  def extended(self, places: int) -> 'Cache':
+    """With room for more tokens."""
+
+    def more(x: jax.Array, axis: int, fill: int = 0) -> jax.Array:
+      widths = [(0, 0)] * x.ndim
+      widths[axis] = (0, places)
+      return jnp.pad(x, widths, constant_values=fill)
+
+    return self._replace(
+      layers=jax.tree.map(lambda x: more(x, -2), self.layers),
+      positions=more(self.positions, -1, UNWRITTEN),
+      segment_ids=more(self.segment_ids, -1),
     )
 
   def repeat(self, rows: int) -> 'Cache':
@@ -175,20 +200,19 @@ def attend(
 
   Args:
     query: [B, H, T, C].
-    new: [B, N, T', C].
+    new: [B or 1, N, T', C].
     cached: [B or 1, N, S, C] or None.
     mask: [B or 1, T, S + T'] bool, cached tokens first.
     scale: of the scores.
     softcap: c: scores become c tanh(score / c).
     bias: [B or 1, H, T, S + T'], added to the scores.
-    implementation: of jax.nn.dot_product_attention, which serves where there is neither a cache nor
-      a softcap.
+    implementation: 'cudnn': a fused kernel where there is neither a cache nor a softcap.
 
   Returns:
     [B, H, T, C].
   """
   batch, heads, length, width = query.shape
-  if cached is None and softcap is None:
+  if implementation == 'cudnn' and cached is None and softcap is None:
     attended = jax.nn.dot_product_attention(
       query.swapaxes(1, 2),
       new.key.swapaxes(1, 2),
@@ -196,7 +220,7 @@ def attend(
       bias=bias,
       mask=mask[:, None],
       scale=scale,
-      implementation=cast(Any, implementation),
+      implementation='cudnn',
     )
     return attended.swapaxes(1, 2)
   kv_heads = new.key.shape[1]
@@ -221,15 +245,38 @@ def attend(
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
   """[B, N, G, T, C], [B or 1, N, S, C] -> [B, N, G, T, S] float32."""
-  key = key.astype(query.dtype)
-  if key.shape[0] == 1:
-    return jnp.einsum('bngtc,nsc->bngts', query, key[0], preferred_element_type=jnp.float32)
-  return jnp.einsum('bngtc,bnsc->bngts', query, key, preferred_element_type=jnp.float32)
+  queries, shape = _rows_for(query, key), query.shape[:-1]
+  if queries.shape[2] <= _FEW_ROWS:
+    # XLA on a CPU rearranges the right operand for its kernel: here the small one.
+    scores = _batched(key.astype(query.dtype), queries, 3, 3).swapaxes(2, 3)
+  else:
+    scores = _batched(queries, key.astype(query.dtype), 3, 3)
+  return _rows_of(scores, shape)
 
 
 def _weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
   """[B, N, G, T, S], [B or 1, N, S, C] -> [B, N, G, T, C] float32."""
-  value = value.astype(weights.dtype)
-  if value.shape[0] == 1:
-    return jnp.einsum('bngts,nsc->bngtc', weights, value[0], preferred_element_type=jnp.float32)
-  return jnp.einsum('bngts,bnsc->bngtc', weights, value, preferred_element_type=jnp.float32)
+  rows = _rows_for(weights, value)
+  return _rows_of(_batched(rows, value.astype(weights.dtype), 3, 2), weights.shape[:-1])
+
+
+def _rows_for(x: jax.Array, cached: jax.Array) -> jax.Array:
+  """[B, N, G, T, ...] -> [B, N, G T, ...]; [1, N, B G T, ...] for what all rows share."""
+  if cached.shape[0] < x.shape[0]:
+    x = x.swapaxes(0, 1)
+    return x.reshape(1, x.shape[0], -1, x.shape[-1])
+  return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _rows_of(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """What `_rows_for` did, undone."""
+  batch, kv_heads, groups, length = shape
+  if x.shape[0] < batch:
+    return x.reshape(kv_heads, batch, groups, length, -1).swapaxes(0, 1)
+  return x.reshape(*shape, -1)
+
+
+def _batched(lhs: jax.Array, rhs: jax.Array, lhs_axis: int, rhs_axis: int) -> jax.Array:
+  """Matrix products of [b, N, ...] and [b, N, ...], sums in float32."""
+  dims = (((lhs_axis,), (rhs_axis,)), ((0, 1), (0, 1)))
+  return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.float32)

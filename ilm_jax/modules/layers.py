@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.modules.precision import bf16_dot_general
+from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
 from ilm_jax.sharding import constrain, with_axes
 
 # Which activations of a layer the backward pass finds saved, and does not compute again.
@@ -114,11 +114,13 @@ class Embedder(nn.Module):
 
   def attend(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> logits [..., V]: sums in float32 whatever the operands are."""
-    dtype = jnp.bfloat16 if self.compute.bf16_matmul else self.compute.dtype
-    dims = (((hidden.ndim - 1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(
-      hidden.astype(dtype), self.embedding.astype(dtype), dims, preferred_element_type=jnp.float32
-    )
+    if self.compute.bf16_matmul:
+      logits = bf16_times_rows(hidden, self.embedding)
+    else:
+      dtype, dims = self.compute.dtype, (((hidden.ndim - 1,), (1,)), ((), ()))
+      logits = jax.lax.dot_general(
+        hidden.astype(dtype), self.embedding.astype(dtype), dims, preferred_element_type=jnp.float32
+      )
     return logits * self.embedding_scale if self.compute.is_int8 else logits
 
 

@@ -29,7 +29,12 @@ def bf16_dot_general(
   trailing, leading = tuple(range(lhs.ndim - n, lhs.ndim)), tuple(range(n))
   if (tuple(lhs_axes), tuple(rhs_axes)) != (trailing, leading) or any(batch_axes):
     raise ValueError(f'activations @ kernel expected, but dimension_numbers={dimension_numbers}.')
-  return _matmul(lhs, rhs, n)
+  return _matmul(lhs, rhs, n, 0)
+
+
+def bf16_times_rows(lhs: jax.Array, table: jax.Array) -> jax.Array:
+  """The same for a table [V, C], as an embedding is: [..., C] times its rows, [..., V] float32."""
+  return _matmul(lhs, table, 1, 1)
 
 
 def _dot(lhs: jax.Array, rhs: jax.Array, lhs_axes: range, rhs_axes: range) -> jax.Array:
@@ -41,26 +46,31 @@ def _dot(lhs: jax.Array, rhs: jax.Array, lhs_axes: range, rhs_axes: range) -> ja
   )
 
 
-def _product(lhs: jax.Array, rhs: jax.Array, n: int) -> jax.Array:
+def _product(lhs: jax.Array, rhs: jax.Array, n: int, first: int) -> jax.Array:
+  """Contracts the last n axes of `lhs` with n axes of `rhs` from `first` on, its first or last."""
   if lhs.size == math.prod(lhs.shape[lhs.ndim - n :]):
     # One row, as in decoding a single text, takes XLA on a CPU ten times as long as two.
-    return _product(jnp.stack([lhs, lhs]), rhs, n)[0]
-  return _dot(lhs, rhs, range(lhs.ndim - n, lhs.ndim), range(n))
+    return _product(jnp.stack([lhs, lhs]), rhs, n, first)[0]
+  return _dot(lhs, rhs, range(lhs.ndim - n, lhs.ndim), range(first, first + n))
 
 
 # Automatic differentiation would multiply the float32 gradient by a bfloat16 operand.
-_matmul = jax.custom_vjp(_product, nondiff_argnums=(2,))
+_matmul = jax.custom_vjp(_product, nondiff_argnums=(2, 3))
 
 
-def _forward(lhs, rhs, n):
-  return _product(lhs, rhs, n), (lhs, rhs)
+def _forward(lhs, rhs, n, first):
+  return _product(lhs, rhs, n, first), (lhs, rhs)
 
 
-def _backward(n, saved, gradient):
+def _backward(n, first, saved, gradient):
   lhs, rhs = saved
   outputs = rhs.ndim - n
-  of_lhs = _dot(gradient, rhs, range(gradient.ndim - outputs, gradient.ndim), range(n, rhs.ndim))
-  of_rhs = _dot(lhs, gradient, range(lhs.ndim - n), range(gradient.ndim - outputs))
+  rows = range(lhs.ndim - n)
+  start = 0 if first else n
+  of_lhs = _dot(
+    gradient, rhs, range(gradient.ndim - outputs, gradient.ndim), range(start, start + outputs)
+  )
+  of_rhs = _dot(gradient, lhs, rows, rows) if first else _dot(lhs, gradient, rows, rows)
   return of_lhs.astype(lhs.dtype), of_rhs.astype(rhs.dtype)
 
 

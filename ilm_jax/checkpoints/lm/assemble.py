@@ -38,7 +38,9 @@ class TensorSource(Protocol):
   """
 
   where: str
-  shapes: Mapping[str, tuple[int, ...]]
+
+  @property
+  def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
   def read(self, name: str) -> np.ndarray:
     """The tensor, in a NumPy float dtype or ml_dtypes.bfloat16."""
@@ -109,7 +111,10 @@ def assemble(
   rest = sorted(source.shapes.keys() - used, key=_natural)
   unused = [name for name in rest if any(fnmatch.fnmatchcase(name, p) for p in dropped)]
   _check(source, plans, flat, used, [name for name in rest if name not in set(unused)])
-  params = {path: _place(source, plans[path], leaf) for path, leaf in flat.items()}
+  # What is made of one tensor, one after the other: it is read once.
+  read = functools.lru_cache(maxsize=1)(source.read)
+  order = sorted(flat, key=lambda path: plans[path].parts[0])
+  params = {path: _place(read, plans[path], flat[path]) for path in order}
   report = Report(
     source.where, sum(math.prod(x.shape) for x in flat.values()), len(used), tuple(unused)
   )
@@ -221,7 +226,7 @@ def _shape(make: Callable[..., Any], shapes: Sequence[tuple[int, ...]]) -> Any:
     return str(error).splitlines()[0]
 
 
-def _place(source: TensorSource, plan: _Plan, leaf: Any) -> jax.Array:
+def _place(read: Callable[[str], np.ndarray], plan: _Plan, leaf: Any) -> jax.Array:
   """Reads the tensors one by one into the shards of this process's devices."""
   by_device = leaf.sharding.addressable_devices_indices_map(leaf.shape)
   slices = {
@@ -232,7 +237,7 @@ def _place(source: TensorSource, plan: _Plan, leaf: Any) -> jax.Array:
   for number, part in enumerate(plan.parts):
     if plan.stacked and not any(at[0].start <= number < at[0].stop for at in slices.values()):
       continue
-    tensor = np.asarray(plan.make(*(source.read(name) for name in part)))
+    tensor = np.asarray(plan.make(*(read(name) for name in part)))
     for key, at in slices.items():
       if not plan.stacked:
         shards[key][...] = tensor[at]

@@ -1,0 +1,90 @@
+"""Attention to cached and new tokens against NumPy in float64, and what a cache holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+from ilm_jax.modules.attention import (
+  UNWRITTEN,
+  Cache,
+  KeyValue,
+  NewTokens,
+  attend,
+  init_cache,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+  return RNG.normal(size=shape).astype(np.float32)
+
+
+def by_hand(query, new, cached, mask, scale, softcap, bias):
+  """One head of one row after the other."""
+  out = np.zeros(query.shape)
+  group = query.shape[1] // new.key.shape[1]
+  for b, h in np.ndindex(*query.shape[:2]):
+    parts = [] if cached is None else [KeyValue(*(x[b % len(x)] for x in cached))]
+    parts.append(KeyValue(*(x[b] for x in new)))
+    key, value = (np.concatenate([part[i][h // group] for part in parts]) for i in range(2))
+    scores = query[b, h].astype(np.float64) @ key.T * scale
+    if softcap is not None:
+      scores = softcap * np.tanh(scores / softcap)
+    if bias is not None:
+      scores = scores + bias[b % len(bias), h]
+    scores = np.where(mask[b % len(mask)], scores, -np.inf)
+    out[b, h] = scipy.special.softmax(scores, axis=-1) @ value
+  return out
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+@pytest.mark.parametrize('length', [1, 6])  # of a few rows, and of many, products go differently
+@pytest.mark.parametrize('cached_rows', [None, 1, 3])
+@pytest.mark.parametrize(('softcap', 'has_bias'), [(None, False), (2.0, True)])
+def test_attention(rows, length, cached_rows, softcap, has_bias):
+  if (cached_rows or 0) > rows:
+    cached_rows = rows
+  places = 0 if cached_rows is None else 7
+  query = normal(rows, 4, length, 8)
+  new = KeyValue(normal(rows, 2, length, 8), normal(rows, 2, length, 8))
+  cached = None
+  if cached_rows is not None:
+    cached = KeyValue(normal(cached_rows, 2, places, 8), normal(cached_rows, 2, places, 8))
+  mask = RNG.random((rows, length, places + length)) < 0.6
+  mask[..., -length:] |= np.eye(length, dtype=bool)  # everyone sees itself
+  bias = normal(1, 4, length, places + length) if has_bias else None
+  options = dict(scale=0.3, softcap=softcap, bias=bias)
+  got = jax.jit(lambda *args: attend(*args, **options))(query, new, cached, mask)
+  np.testing.assert_allclose(got, by_hand(query, new, cached, mask, **options), atol=1e-5)
+
+
+@pytest.mark.parametrize('stacked', [True, False])
+def test_a_cache_is_written_where_it_ends(stacked):
+  def new(batch, length, begin):
+    shape = (batch, 2, length, 4)
+    layers = [KeyValue(normal(*shape), normal(*shape)) for _ in range(3)]
+    if stacked:
+      layers = jax.tree.map(lambda *x: np.stack(x), *layers)
+    positions = np.broadcast_to(np.arange(begin, begin + length), (batch, length))
+    return NewTokens(layers, positions.astype(np.int32), np.ones((batch, length), np.int32))
+
+  def check(cache: Cache, parts, capacity):
+    length = sum(part.positions.shape[1] for part in parts)
+    assert (cache.capacity, int(cache.length)) == (capacity, length)
+    for name, axis in (('layers', -2), ('positions', 1), ('segment_ids', 1)):
+      leaves = [jax.tree.leaves(getattr(x, name)) for x in (cache, *parts)]
+      for whole, *written in zip(*leaves):
+        whole = np.moveaxis(whole, axis, 0)
+        assert (whole[:length] == np.moveaxis(np.concatenate(written, axis), axis, 0)).all()
+        assert (whole[length:] == (UNWRITTEN if name == 'positions' else 0)).all()
+
+  first, second, third = new(1, 3, 0), new(2, 2, 3), new(2, 1, 5)
+  shared = init_cache(3, 1, 4, 2, 4, dtype=jnp.float32, stacked=stacked).append(first)
+  check(shared, [first], 4)
+  cache = shared.repeat(2).extended(3).append(second)
+  repeated = jax.tree.map(lambda x: np.repeat(x, 2, max(0, x.ndim - 4)), first)
+  check(cache, [repeated, second], 7)
+  check(cache.append(third, after=jnp.array([4, 0])), [repeated, second, third], 7)

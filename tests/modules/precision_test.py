@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
+
+RNG = np.random.default_rng(0)
+
+
+def kernel_product(x, kernel):
+  n = kernel.ndim - 1 if kernel.ndim == 3 and x.shape[-2:] == kernel.shape[:2] else 1
+  dims = (tuple(range(x.ndim - n, x.ndim)), tuple(range(n)))
+  return bf16_dot_general(x, kernel, (dims, ((), ())))
+
+
+# Product, its einsum, and the shapes of activations and of kernel or table.
+CASES = [
+  (kernel_product, 'btc,cf->btf', (2, 3, 8), (8, 5)),
+  (kernel_product, 'btc,chd->bthd', (2, 3, 8), (8, 2, 5)),
+  (kernel_product, 'bthd,hdf->btf', (2, 3, 2, 4), (2, 4, 7)),
+  (kernel_product, 'btc,cf->btf', (1, 1, 8), (8, 5)),  # one row
+  (kernel_product, 'bthd,hdf->btf', (1, 1, 2, 4), (2, 4, 7)),
+  (bf16_times_rows, 'btc,vc->btv', (2, 3, 8), (11, 8)),
+  (bf16_times_rows, 'bc,vc->bv', (1, 8), (11, 8)),
+  (bf16_times_rows, 'c,vc->v', (8,), (11, 8)),
+]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(('product', 'einsum', 'left', 'right'), CASES)
+def test_product_and_gradients(product, einsum, left, right, dtype):
+  """Operands are rounded to bfloat16, the gradient that comes in among them; sums are not."""
+  x, kernel = (jnp.asarray(RNG.normal(size=shape), dtype) for shape in (left, right))
+  y, gradients = jax.vjp(product, x, kernel)
+  assert y.dtype == jnp.float32
+  incoming = jnp.asarray(RNG.normal(size=y.shape), jnp.float32)
+  inputs, output = einsum.split('->')
+  a, b = inputs.split(',')
+  rounded = [np.asarray(v.astype(jnp.bfloat16), np.float64) for v in (x, kernel, incoming)]
+  np.testing.assert_allclose(y, np.einsum(einsum, *rounded[:2]), rtol=1e-5, atol=1e-5)
+  expected = (
+    np.einsum(f'{output},{b}->{a}', rounded[2], rounded[1]),
+    np.einsum(f'{output},{a}->{b}', rounded[2], rounded[0]),
+  )
+  for got, want, like in zip(gradients(incoming), expected, (x, kernel)):
+    assert got.dtype == like.dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance)
+
+
+def test_a_product_that_is_none_of_activations_and_kernel():
+  with pytest.raises(ValueError, match=r'activations @ kernel expected'):
+    bf16_dot_general(jnp.ones((2, 3)), jnp.ones((4, 3)), (((1,), (1,)), ((), ())))

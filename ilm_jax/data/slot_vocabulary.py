@@ -16,6 +16,7 @@ SLOT_CANDIDATES = (
   '[unused0]',  # BERT
   '<extra_id_0>',  # T5
   '<|reserved_special_token_0|>',  # Llama 3
+  '<|vision_pad|>',  # Qwen 2 and 3, whose text models do not see
   '<empty_output>',  # StarCoder and SmolLM: marks up code notebooks
   '<gh_stars>',
 )

@@ -32,7 +32,13 @@ import tensorflow as tf
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 
-from ilm_jax.data.slot_vocabulary import RESERVED, SlotVocabulary, choose_slot, require_file
+from ilm_jax.data.slot_vocabulary import (
+  RESERVED,
+  SLOT_CANDIDATES,
+  SlotVocabulary,
+  choose_slot,
+  require_file,
+)
 from ilm_jax.errors import UsageError, did_you_mean
 
 _SPACE = '\N{LOWER ONE EIGHTH BLOCK}'  # how SentencePiece writes a space
@@ -227,7 +233,8 @@ class HuggingFaceVocabulary(SlotVocabulary):
     }
 
   def __getstate__(self) -> dict[str, Any]:
-    cached = ('_json', 'tokenizer', '_seam_tokenizer', 'slot_token', 'unk_id', '_base_vocab_size')
+    cached = ('_json', 'tokenizer', '_seam_tokenizer', 'slot_token', '_reserved', 'unk_id')
+    cached += ('_base_vocab_size',)
     return {key: value for key, value in self.__dict__.items() if key not in cached}
 
   @functools.cached_property
@@ -265,12 +272,17 @@ class HuggingFaceVocabulary(SlotVocabulary):
 
   @functools.cached_property
   def slot_token(self) -> str:
+    hint = "add_slot_token=True adds slot_token='<slot>' as a new token."
+    where = f'HuggingFaceVocabulary({self._file})'
+    return choose_slot(self._slot_token, self._reserved, where, hint)
+
+  @functools.cached_property
+  def _reserved(self) -> list[str]:
+    """Tokens that could be the slot."""
     taken = {self._named_id(name) for name in self._names}
     names = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
     names |= {i: name for name, i in self.tokenizer.get_vocab().items() if RESERVED.search(name)}
-    reserved = [name for i, name in sorted(names.items()) if i not in taken]
-    hint = "add_slot_token=True adds slot_token='<slot>' as a new token."
-    return choose_slot(self._slot_token, reserved, f'HuggingFaceVocabulary({self._file})', hint)
+    return [name for i, name in sorted(names.items()) if i not in taken]
 
   @property
   def slot_id(self) -> int:
@@ -341,7 +353,14 @@ class HuggingFaceVocabulary(SlotVocabulary):
     return self._seam_tokenizer.encode(text, add_special_tokens=False).ids
 
   def _decode(self, ids: Sequence[int]) -> str:
-    text_ids = [int(i) for i in ids if i != self.slot_id]
+    # Not slot_id: text can be decoded where no token is fit to be a slot.
+    slots = (
+      [self._slot_token]
+      if self._slot_token
+      else [t for t in SLOT_CANDIDATES if t in self._reserved]
+    )
+    slot_id = self.tokenizer.token_to_id(slots[0]) if slots else None
+    text_ids = [int(i) for i in ids if i != slot_id]
     return self.tokenizer.decode(text_ids, skip_special_tokens=True)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:

@@ -31,6 +31,7 @@ from ilm_jax.data import preparation, statistics
 from ilm_jax.data.prepared import DATASET_FILE, FORMAT_VERSION, PreparedData
 from ilm_jax.errors import UsageError
 from ilm_jax.plugins import import_modules, module_names
+from ilm_jax.quiet import import_tensorflow
 
 TFDS_DIR = 'tfds'
 ENTITY_TABLE_DIR = 'entity_table'
@@ -85,6 +86,7 @@ def prepare(
   Raises:
     UsageError: the output exists, or something is wrong with the options or the data.
   """
+  import_tensorflow()
   creation = _json_values(locals() | {'modules': module_names(modules)})
   del creation['output']  # the directory may be moved
   output = output.expanduser()

@@ -54,7 +54,7 @@ def test_help(argv, capsys):
   assert main(argv) == 0
   out = capsys.readouterr().out
   for command, what in COMMANDS.items():
-    assert f'  {command:<7}  {what}\n' in out
+    assert f'  {command:<8}  {what}\n' in out
   assert max(map(len, out.splitlines())) <= 100
 
 
@@ -68,8 +68,8 @@ def test_unknown_command(capsys):
   captured = capsys.readouterr()
   assert captured.out == ''
   assert captured.err == (
-    "ilm: unknown command 'prepar'. Did you mean 'prepare'? Commands: prepare, embed, train; `ilm"
-    ' --help` tells what they do.\n'
+    "ilm: unknown command 'prepar'. Did you mean 'prepare'? Commands: prepare, embed, train,"
+    ' complete; `ilm --help` tells what they do.\n'
   )
 
 
@@ -90,9 +90,9 @@ def test_one_gin_file_serves_several_commands(capsys, tmp_path):
   file = tmp_path / 'job.gin'
   file.write_text(
     "prepare.dataset = 'ml100k'\nprepare.output = 'a'\nembed.data = 'a'\n"
-    "train.data = 'a'\ntrain.total_steps = 5\n"
+    "train.data = 'a'\ntrain.total_steps = 5\ncomplete.prompt = 'a'\n"
   )
-  outputs = {'prepare': 'output', 'embed': 'output', 'train': 'model_dir'}
+  outputs = {'prepare': 'output', 'embed': 'output', 'train': 'model_dir', 'complete': 'lm'}
   assert set(outputs) == set(COMMANDS)
   for command, output in outputs.items():
     assert main([command, f'--gin_file={file}', f'--{output}=b', '--print_config']) == 0
@@ -121,3 +121,9 @@ def test_the_console_script_and_its_exit_status(tmp_path):
   assert done.returncode == 2
   assert done.stderr.startswith('ilm: unknown command')
   assert 'Traceback' not in done.stderr
+
+
+def test_nothing_is_said_while_tensorflow_is_loaded():
+  code = 'from ilm_jax.quiet import import_tensorflow\nimport_tensorflow()\nimport tensorflow'
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stderr == ''

@@ -1,6 +1,12 @@
-"""Parity of the decoder with Hugging Face transformers (torch) on the same random weights."""
+"""Parity of the decoder with Hugging Face transformers (torch) on the same random weights.
+
+Run as a script, this prints the table of docs/language_models.md.
+"""
 
 import dataclasses
+import functools
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -108,26 +114,63 @@ def pair(request, tmp_path_factory):
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, 24)).astype(np.int32)
 
 
-def close(a, b):
-  assert np.abs(a - b).max() < 1e-4
+def plain(pair):
+  return [(pair.logits(TOKENS), pair.reference(TOKENS))]
 
 
-def test_logits(pair):
-  close(pair.logits(TOKENS), pair.reference(TOKENS))
-
-
-def test_padding_on_the_right(pair):
+def padded(pair):
   segment_ids = np.ones_like(TOKENS)
   segment_ids[0, 15:] = 0
   ours = pair.logits(TOKENS, segment_ids=segment_ids)
   theirs = pair.reference(TOKENS, attention_mask=segment_ids)
-  close(ours[segment_ids > 0], theirs[segment_ids > 0])
+  return [(ours[segment_ids > 0], theirs[segment_ids > 0])]
 
 
-def test_packed_rows(pair):
+def packed(pair):
+  """Two rows in one, with padding behind, against each alone."""
   row = np.concatenate([TOKENS[0, :14], TOKENS[1, :9], [0]])[None]
   segment_ids = np.array([[1] * 14 + [2] * 9 + [0]])
   positions = np.array([[*range(14), *range(9), 0]])
-  packed = pair.logits(row, positions, segment_ids)
-  close(packed[:, :14], pair.reference(TOKENS[:1, :14]))
-  close(packed[:, 14:23], pair.reference(TOKENS[1:, :9]))
+  ours = pair.logits(row, positions, segment_ids)
+  return [
+    (ours[:, :14], pair.reference(TOKENS[:1, :14])),
+    (ours[:, 14:23], pair.reference(TOKENS[1:, :9])),
+  ]
+
+
+def cached(pair):
+  """A prompt of 9 tokens into the cache, then one token at a time."""
+  lm, cache = pair.lm, pair.lm.init_cache(2, TOKENS.shape[1])
+  step = jax.jit(functools.partial(lm.apply, pair.variables))
+  pieces = []
+  for begin, end in [(0, 9), *((i, i + 1) for i in range(9, TOKENS.shape[1]))]:
+    embeddings = lm.apply(pair.variables, TOKENS[:, begin:end], method='embed_tokens')
+    positions = np.broadcast_to(np.arange(begin, end), (2, end - begin))
+    hidden, new = step(embeddings, positions, cache=cache)
+    cache = cache.append(new)
+    pieces.append(lm.apply(pair.variables, hidden, method='logits'))
+  return [(np.concatenate(pieces, axis=1), pair.reference(TOKENS))]
+
+
+COMPARISONS = (plain, padded, packed, cached)
+
+
+def difference(comparison, pair):
+  return max(np.abs(ours - theirs).max() for ours, theirs in comparison(pair))
+
+
+@pytest.mark.parametrize('comparison', COMPARISONS)
+def test_logits(pair, comparison):
+  assert difference(comparison, pair) < 1e-4
+
+
+if __name__ == '__main__':  # the table of docs/language_models.md
+  print('| configuration | ' + ' | '.join(c.__name__ for c in COMPARISONS) + ' | unstacked |')
+  print('|---' * (len(COMPARISONS) + 2) + '|')
+  for name in FAMILIES:
+    with tempfile.TemporaryDirectory() as folder:
+      both = make_pair(name, Path(folder))
+      cells = [f'{difference(c, both):.1e}' for c in COMPARISONS]
+      unstacked = Pair(both.torch_model, *load(Path(folder), Compute(scan_layers=False)))
+      cells.append(f'{difference(plain, unstacked):.1e}')
+    print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)

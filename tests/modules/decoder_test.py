@@ -16,6 +16,7 @@ import tiny_gemma
 
 from ilm_jax.checkpoints.lm import huggingface
 from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.modules.attention import Cache
 from ilm_jax.modules.decoder import Decoder, DecoderConfig, RopeScaling
 from ilm_jax.modules.layers import Compute
 
@@ -51,14 +52,28 @@ def load(c, tensors, compute=Compute()):
 
 
 @functools.cache
-def model(family, compute=Compute()):
-  """(forward, embed, logits): jitted functions of a stored model, which compile once."""
+def jitted(family, compute):
   lm, variables = tiny_gemma.load(family, compute)
 
-  def call(method):
-    return jax.jit(functools.partial(lm.apply, variables, method=method))
+  def run(ids, positions, segment_ids, cache, more):
+    embeddings = lm.apply(variables, ids, method='embed_tokens')
+    hidden, new = lm.apply(variables, embeddings, positions, segment_ids, cache=cache, **more)
+    return lm.apply(variables, hidden, method='logits'), new
 
-  return call('logits_of'), call('__call__'), call('embed_tokens'), call('logits')
+  return jax.jit(run)
+
+
+def run(family, ids, positions=None, segment_ids=None, *, cache=None, compute=Compute(), **more):
+  """Logits of a stored model, and the tokens for a cache."""
+  logits, new = jitted(family, compute)(ids, positions, segment_ids, cache, more)
+  return np.asarray(logits), new
+
+
+append = jax.jit(Cache.append)
+
+
+def empty_cache(family, compute, rows, capacity):
+  return Decoder(tiny_gemma.CONFIGS[family], compute).init_cache(rows, capacity)
 
 
 def oracle(family, embeddings, positions, sees):
@@ -80,7 +95,7 @@ def close(a, b, atol=1e-4):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_logits_are_those_of_transformers(family, compute):
   _, ids, expected = tiny_gemma.golden(family)
-  close(model(family, compute)[0](ids), expected)
+  close(run(family, ids, compute=compute)[0], expected)
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -117,7 +132,7 @@ def test_packed_rows_and_prefixes(family, prefix):
   _, ids, _ = tiny_gemma.golden(family)
   sees = numpy_decoder.who_sees_whom(POSITIONS, SEGMENT_IDS, prefix)
   more = {} if prefix is None else {'prefix_mask': prefix}
-  got = np.asarray(model(family)[0](ids, POSITIONS, SEGMENT_IDS, **more))
+  got, _ = run(family, ids, POSITIONS, SEGMENT_IDS, **more)
   there = SEGMENT_IDS > 0
   close(got[there], oracle_of(family, ids, POSITIONS, sees)[there])
 
@@ -126,20 +141,18 @@ def test_packed_rows_are_separate_rows():
   _, ids, expected = tiny_gemma.golden('gemma3')
   row = np.concatenate([ids[0, :12], ids[1, :8]])[None]
   positions = np.array([[*range(12), *range(8)]])
-  packed = model('gemma3')[0](row, positions, np.array([[5] * 12 + [3] * 8]))
+  packed, _ = run('gemma3', row, positions, np.array([[5] * 12 + [3] * 8]))
   close(packed[0, :12], expected[0, :12])
   close(packed[0, 12:], expected[1, :8])
 
 
-def feed(family, compute, pieces, *, rows=2, capacity=T + 4):
+def feed(family, compute, pieces):
   """Feeds pieces (ids, positions, segment_ids) one after the other; logits of each."""
-  _, forward, embed, logits = model(family, compute)
-  cache = Decoder(tiny_gemma.CONFIGS[family], compute).init_cache(rows, capacity)
-  outputs = []
-  for ids, positions, segment_ids in pieces:
-    hidden, new = forward(embed(ids), positions, segment_ids, cache=cache)
-    cache = cache.append(new)
-    outputs.append(np.asarray(logits(hidden)))
+  cache, outputs = empty_cache(family, compute, 2, T + 4), []
+  for piece in pieces:
+    logits, new = run(family, *piece, cache=cache, compute=compute)
+    cache = append(cache, new)
+    outputs.append(logits)
   return outputs
 
 
@@ -176,14 +189,13 @@ def test_rows_of_different_length_in_a_cache():
 @pytest.mark.parametrize(('family', 'compute'), [('gemma2', UNSCANNED), ('gemma3', Compute())])
 def test_a_beginning_that_all_rows_share(family, compute):
   _, ids, _ = tiny_gemma.golden(family)
-  forward, step, embed, logits = model(family, compute)
   beginning, ends = ids[:1, :13], np.stack([ids[0, 13:], ids[1, 13:], ids[1, :7]])
-  expected = forward(np.concatenate([beginning.repeat(3, 0), ends], axis=1))[:, 13:]
-  empty = Decoder(tiny_gemma.CONFIGS[family], compute).init_cache(1, 13)
-  one_row = empty.append(step(embed(beginning), cache=empty)[1])
+  rows = np.concatenate([beginning.repeat(3, 0), ends], axis=1)
+  expected = run(family, rows, compute=compute)[0][:, 13:]
+  one_row = append(empty_cache(family, compute, 1, 13), run(family, beginning, compute=compute)[1])
   positions = np.tile(np.arange(13, T), (3, 1))
   for cache in (one_row, one_row.repeat(3)):
-    close(logits(step(embed(ends), positions, cache=cache)[0]), expected)
+    close(run(family, ends, positions, cache=cache, compute=compute)[0], expected)
 
 
 # A prompt, and a tree behind it: a token with two continuations, of two tokens and of one.
@@ -199,7 +211,7 @@ def branches_alone(family, ids):
   for branch in BRANCHES:
     row = np.concatenate([ids[0, :10], ids[0, 10:14][branch]])
     row = np.pad(row, (0, T - len(row)))  # what comes later is seen by nobody
-    yield branch, np.asarray(model(family)[0](row[None]))[0, 10 : 10 + len(branch)]
+    yield branch, run(family, row[None])[0][0, 10 : 10 + len(branch)]
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -208,7 +220,7 @@ def test_a_tree_of_continuations(family):
   sees = np.tri(14, dtype=bool)
   sees[10:, 10:] = TREE_SEES
   positions = np.concatenate([np.arange(10), TREE])[None]
-  tree = np.asarray(model(family)[0](ids[:1, :14], positions, mask=sees[None]))[0, 10:]
+  tree = run(family, ids[:1, :14], positions, mask=sees[None])[0][0, 10:]
   for branch, expected in branches_alone(family, ids):
     close(tree[branch], expected)
 
@@ -216,12 +228,10 @@ def test_a_tree_of_continuations(family):
 def test_a_tree_behind_a_cache():
   """The tree of many rows is one; the prompt is in a cache, and further away than the window."""
   _, ids, _ = tiny_gemma.golden('gemma3')
-  _, step, embed, logits = model('gemma3')
-  empty = Decoder(tiny_gemma.CONFIGS['gemma3'], Compute()).init_cache(1, 10)
-  prompt = empty.append(step(embed(ids[:1, :10]), cache=empty)[1])
-  tokens = embed(ids[:1, 10:14].repeat(2, 0))
-  hidden, _ = step(tokens, TREE[None].repeat(2, 0), mask=TREE_SEES[None], cache=prompt)
-  tree = np.asarray(logits(hidden))
+  empty = empty_cache('gemma3', Compute(), 1, 10)
+  prompt = append(empty, run('gemma3', ids[:1, :10])[1])
+  tokens, positions = ids[:1, 10:14].repeat(2, 0), TREE[None].repeat(2, 0)
+  tree, _ = run('gemma3', tokens, positions, mask=TREE_SEES[None], cache=prompt)
   for branch, expected in branches_alone('gemma3', ids):
     close(tree[0, branch], expected)
     close(tree[1, branch], expected)
@@ -229,10 +239,11 @@ def test_a_tree_behind_a_cache():
 
 def test_logits_at_chosen_places():
   lm, variables = tiny_gemma.load('gemma2')
-  _, ids, expected = tiny_gemma.golden('gemma2')
-  hidden, _ = model('gemma2')[1](model('gemma2')[2](ids))
+  hidden = np.random.default_rng(4).normal(size=(2, T, 32)).astype(np.float32)
   at = np.array([[3, 19], [0, 0]])
-  close(lm.apply(variables, hidden, at, method='logits_at'), expected[np.arange(2)[:, None], at])
+  everywhere = lm.apply(variables, hidden, method='logits')
+  got = lm.apply(variables, hidden, at, method='logits_at')
+  close(got, everywhere[np.arange(2)[:, None], at], 1e-5)
 
 
 WEIGHTS = np.random.default_rng(2).normal(size=(2, T, 512)) / 100
@@ -289,8 +300,8 @@ def test_gradients_are_the_same_however_they_are_computed(changes):
 def test_less_precise_is_close(compute):
   """Eight bits are about three digits; the logits are around 1."""
   _, ids, expected = tiny_gemma.golden('gemma2')
-  logits = model('gemma2', compute)[0](ids)
-  assert logits.dtype == jnp.float32
+  logits, _ = run('gemma2', ids, compute=compute)
+  assert logits.dtype == np.float32
   error = np.abs(logits - expected).max() / expected.std()
   assert 1e-4 < error < 0.1
 

@@ -46,6 +46,7 @@ class QFormerConfig:
     bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
       in float32. Twice as fast on CPUs that have bfloat16.
     remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
+    has_text: False leaves the text branch's parameters out (phase 2).
   """
 
   num_layers: int
@@ -62,6 +63,7 @@ class QFormerConfig:
   dtype: Any = jnp.float32
   bf16_matmul: bool = False
   remat: str = 'none'
+  has_text: bool = True
 
   def __post_init__(self):
     if self.remat not in ('none', *REMAT_POLICIES):
@@ -129,12 +131,13 @@ class QFormer(nn.Module):
     c = self.config
     queries = with_axes(_INIT, ('queries', 'embed'))
     self.queries: Any = self.param('queries', queries, (c.num_queries, c.d_model), jnp.float32)
-    embedding = with_axes(_INIT, ('vocab', 'embed'))
-    self.word_embedder = nn.Embed(c.vocab_size, c.d_model, embedding_init=embedding, dtype=c.dtype)
-    positions = with_axes(_INIT, ('length', 'embed'))
-    self.positions: Any = self.param(
-      'positions', positions, (c.max_text_length, c.d_model), jnp.float32
-    )
+    if c.has_text:
+      init = with_axes(_INIT, ('vocab', 'embed'))
+      self.word_embedder = nn.Embed(c.vocab_size, c.d_model, embedding_init=init, dtype=c.dtype)
+      positions = with_axes(_INIT, ('length', 'embed'))
+      self.positions: Any = self.param(
+        'positions', positions, (c.max_text_length, c.d_model), jnp.float32
+      )
     self.embedding_norm = _layer_norm(c)
     self.dropout = nn.Dropout(c.dropout_rate)
     group: Any = _Group
@@ -158,6 +161,7 @@ class QFormer(nn.Module):
     text_tokens: jax.Array | None,
     mask: jax.Array | None = None,
     *,
+    encoder_mask: jax.Array | None = None,
     deterministic: bool = True,
   ) -> tuple[jax.Array | None, jax.Array | None]:
     """Runs the layers.
@@ -166,6 +170,7 @@ class QFormer(nn.Module):
       encoder_tokens: [B, E, d_encoder], or None to run the text alone.
       text_tokens: [B, T] int32, or None to run the queries alone.
       mask: [B or 1, 1, S, S] bool (`attention_mask`); None where everything attends to everything.
+      encoder_mask: [B, E], nonzero on encoder tokens, 0 on padding; None where there is none.
       deterministic: False draws dropout from the 'dropout' rng.
 
     Returns:
@@ -190,7 +195,10 @@ class QFormer(nn.Module):
     hidden = self.embedding_norm(jnp.concatenate(parts, axis=1))
     hidden = self.dropout(hidden, deterministic=deterministic)
     hidden = constrain(hidden, ('batch', 'length', 'activation_embed'))
-    hidden, _ = self.layers(hidden, encoder_tokens, mask, num_queries, deterministic)
+    if encoder_mask is not None:
+      encoder_mask = (encoder_mask != 0)[:, None, None, :]
+    encoder = encoder_tokens, encoder_mask
+    hidden, _ = self.layers(hidden, encoder, mask, num_queries, deterministic)
     queries = hidden[:, :num_queries] if num_queries else None
     return queries, (hidden[:, num_queries:] if text_tokens is not None else None)
 
@@ -205,10 +213,10 @@ class _Group(nn.Module):
   config: QFormerConfig
 
   @nn.compact
-  def __call__(self, hidden, encoder_tokens, mask, num_queries, deterministic):
+  def __call__(self, hidden, encoder, mask, num_queries, deterministic):
     for i in range(self.config.cross_attention_every):
       layer = _Layer(self.config, has_cross_attention=i == 0, name=f'layer_{i}')
-      hidden = layer(hidden, encoder_tokens, mask, num_queries, deterministic)
+      hidden = layer(hidden, encoder, mask, num_queries, deterministic)
     return hidden, None
 
 
@@ -217,7 +225,7 @@ class _Layer(nn.Module):
   has_cross_attention: bool
 
   @nn.compact
-  def __call__(self, hidden, encoder_tokens, mask, num_queries, deterministic):
+  def __call__(self, hidden, encoder, mask, num_queries, deterministic):
     c = self.config
     attend = _Attention(c, 'embed', name='attention')
     hidden = attend(hidden, hidden, mask, deterministic)
@@ -226,7 +234,8 @@ class _Layer(nn.Module):
     if num_queries:
       if self.has_cross_attention:
         cross = _Attention(c, 'cf', name='cross_attention')
-        queries = cross(queries, encoder_tokens.astype(c.dtype), None, deterministic)
+        encoder_tokens, encoder_mask = encoder
+        queries = cross(queries, encoder_tokens.astype(c.dtype), encoder_mask, deterministic)
       parts.append(_Mlp(c, name='query_mlp')(queries, deterministic))
     if text.shape[1]:
       parts.append(_Mlp(c, name='text_mlp')(text, deterministic))

@@ -287,7 +287,7 @@ class ItemTextPhase(Phase):
 
   def _identity(self) -> dict[str, Any]:
     # How parameters are trained is not part of it.
-    training = {'dropout_rate', 'dtype', 'bf16_matmul', 'remat'}
+    training = {'dropout_rate', 'dtype', 'bf16_matmul', 'remat', 'has_text'}
     encoder = dataclasses.asdict(self._encoder)
     return {
       'model': {

@@ -1,0 +1,90 @@
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ilm_jax.modules.qformer import QFormerConfig
+from ilm_jax.modules.soft_tokens import MlpConfig, SoftTokenConfig, SoftTokens
+
+D_CF, D_LM, K = 6, 20, 3
+QFORMER = QFormerConfig(
+  num_layers=2, d_model=16, num_heads=2, d_mlp=32, num_queries=K, d_encoder=D_CF
+)
+RNG = np.random.default_rng(0)
+TOKENS = RNG.normal(size=(4, 5, D_CF)).astype(np.float32)
+
+
+def make(item_encoder, **changes):
+  module = SoftTokens(SoftTokenConfig(item_encoder, D_LM, **changes))
+  tokens = jnp.zeros((1, module.config.max_encoder_tokens, D_CF))
+  variables = nn.meta.unbox(module.init(jax.random.key(0), tokens))
+  return module, variables
+
+
+def count(variables):
+  return sum(x.size for x in jax.tree.leaves(variables))
+
+
+def test_mlp_is_linear_relu_linear():
+  module, variables = make(MlpConfig(K, D_CF), normalise=False)
+  found = module.apply(variables, TOKENS[:, :1])
+  params = variables['params']
+  hidden = np.maximum(TOKENS[:, 0] @ params['item_encoder']['kernel'], 0)
+  expected = np.einsum('bf,fkd->bkd', hidden, params['adaptor']['kernel'])
+  np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+  wide = 10 * D_CF
+  assert count(variables) == D_CF * wide + wide + (wide + 1) * K * D_LM
+
+
+def test_qformer_has_no_text_branch():
+  _, variables = make(QFORMER)
+  d, mlp, d_cf = 16, 32, D_CF
+  attention = 4 * (d * d + d) + 2 * d
+  cross = 2 * (d * d + d) + 2 * (d_cf * d + d) + 2 * d
+  feed_forward = d * mlp + mlp + mlp * d + d + 2 * d
+  layers = 2 * (attention + feed_forward) + cross
+  assert count(variables) == K * d + 2 * d + layers + (d + 1) * D_LM + 1
+
+
+def test_scale_is_that_of_the_token_embeddings():
+  for encoder in (QFORMER, MlpConfig(K, D_CF)):
+    module, variables = make(encoder, gain=0.136)
+    found = np.asarray(module.apply(variables, 50 * TOKENS[:, :1]))
+    np.testing.assert_allclose(np.sqrt((found**2).mean(axis=-1)), 0.136, rtol=1e-3)
+
+
+def test_padding_of_a_sequence_is_not_seen():
+  module, variables = make(QFORMER, max_encoder_tokens=5)
+  mask = np.array([[1, 1, 1, 0, 0]] * 4)
+  padded = module.apply(variables, TOKENS, mask)
+  other = np.where(mask[:, :, None] > 0, TOKENS, 7.0)
+  np.testing.assert_allclose(padded, module.apply(variables, other, mask), atol=1e-6)
+  np.testing.assert_allclose(padded, module.apply(variables, TOKENS[:, :3]), atol=1e-6)
+
+
+def test_order_is_counted_from_the_end():
+  module, variables = make(QFORMER, max_encoder_tokens=5)
+  params = {**variables['params'], 'recency': jnp.zeros((5, D_CF))}
+  reversed_tokens = TOKENS[:, ::-1]
+  alike = [module.apply({'params': params}, x) for x in (TOKENS, reversed_tokens)]
+  np.testing.assert_allclose(*alike, atol=1e-5)  # without it, a set
+  params['recency'] = jnp.zeros((5, D_CF)).at[0].set(1.0)  # of the last one
+  marked = TOKENS.copy()
+  marked[:, -1] += 1
+  _, plain = make(QFORMER, max_encoder_tokens=5)
+  plain = {**plain['params'], 'recency': jnp.zeros((5, D_CF))}
+  np.testing.assert_allclose(
+    module.apply({'params': params}, TOKENS), module.apply({'params': plain}, marked), atol=1e-5
+  )
+
+
+def test_what_does_not_fit():
+  with pytest.raises(ValueError, match='an MLP reads one'):
+    SoftTokenConfig(MlpConfig(), D_LM, max_encoder_tokens=2)
+  module, variables = make(QFORMER, max_encoder_tokens=2)
+  with pytest.raises(ValueError, match='max_encoder_tokens=2'):
+    module.apply(variables, TOKENS)
+  assert dataclasses.replace(QFORMER, has_text=False).num_queries == K

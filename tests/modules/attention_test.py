@@ -1,4 +1,4 @@
-"""Attention to cached and new tokens against NumPy in float64, and what a cache holds."""
+"""Who sees whom; attention against NumPy in float64; and what a cache holds."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,12 @@ from ilm_jax.modules.attention import (
   Cache,
   KeyValue,
   NewTokens,
+  Tokens,
   attend,
   init_cache,
+  tokens_at,
+  visible,
+  within,
 )
 
 RNG = np.random.default_rng(0)
@@ -88,3 +92,74 @@ def test_a_cache_is_written_where_it_ends(stacked):
   repeated = jax.tree.map(lambda x: np.repeat(x, 2, max(0, x.ndim - 4)), first)
   check(cache, [repeated, second], 7)
   check(cache.append(third, after=jnp.array([4, 0])), [repeated, second, third], 7)
+
+
+def table(text):
+  """'1 . 1' -> [True, False, True], line by line."""
+  return np.array([[cell == '1' for cell in line.split()] for line in text.split('\n') if line])
+
+
+def tokens(positions, segment_ids):
+  return Tokens(np.array([positions]), np.array([segment_ids]))
+
+
+PACKED = tokens([0, 1, 2, 3, 0, 1, 0], [1, 1, 1, 1, 2, 2, 0])  # of the docstring of `visible`
+
+
+def test_who_sees_whom_is_as_documented():
+  lines = [line.split() for line in (visible.__doc__ or '').splitlines()]
+  rows = [[cell for cell in line if cell in ('1', '.')][-7:] for line in lines if '.' in line]
+  documented = table('\n'.join(' '.join(row) for row in rows if len(row) == 7))
+  expected = table("""
+1 . . . . . .
+1 1 . . . . .
+1 1 1 . . . .
+1 1 1 1 . . .
+. . . . 1 . .
+. . . . 1 1 .
+. . . . . . 1""")
+  np.testing.assert_array_equal(visible(PACKED, PACKED)[0], expected)
+  np.testing.assert_array_equal(documented, expected)
+
+
+def test_a_prefix_sees_both_ways_in_its_segment():
+  got = visible(PACKED, PACKED, prefix_mask=jnp.array([[0, 1, 1, 0, 1, 1, 0]]))
+  expected = table("""
+1 . . . . . .
+1 1 1 . . . .
+1 1 1 . . . .
+1 1 1 1 . . .
+. . . . 1 1 .
+. . . . 1 1 .
+. . . . . . 1""")
+  np.testing.assert_array_equal(got[0], expected)
+
+
+def test_without_causality_all_of_a_segment_is_seen():
+  keys = tokens([0, 1, 5, UNWRITTEN], [1, 1, 2, 1])
+  got = visible(tokens([7, 0], [1, 2]), keys, causal=False)
+  np.testing.assert_array_equal(got[0], table('1 1 . .\n. . 1 .'))
+
+
+def test_nobody_sees_what_is_not_written():
+  keys = tokens([0, 1, UNWRITTEN], [1, 1, 1])
+  np.testing.assert_array_equal(visible(tokens([9], [1]), keys)[0], table('1 1 .'))
+
+
+def test_one_row_of_keys_for_many_of_queries():
+  queries = Tokens(np.array([[0, 1], [1, 2]]), np.ones((2, 2), int))
+  keys = tokens([0, 1], [1, 1])
+  np.testing.assert_array_equal(visible(queries, keys), [table('1 .\n1 1'), table('1 1\n1 1')])
+
+
+def test_a_window_has_the_token_itself_and_those_before():
+  queries = tokens_at(1, 6, None, None)
+  expected = table("""
+1 . . . . .
+1 1 . . . .
+1 1 1 . . .
+. 1 1 1 . .
+. . 1 1 1 .
+. . . 1 1 1""")
+  got = within(queries, queries, 3) & visible(queries, queries)
+  np.testing.assert_array_equal(got[0], expected)

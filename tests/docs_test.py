@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / 'docs'
 BLOCK = re.compile(r'```(python|bash)\n(.*?)```', re.DOTALL)
 
@@ -33,3 +35,12 @@ def test_add_a_domain(tmp_path: Path):
   # What a domain has to write stays about 30 lines.
   code = [line for line in (tmp_path / 'my_books.py').read_text().splitlines() if line.strip()]
   assert len(code) <= 36
+
+
+@pytest.mark.network
+def test_language_models(capsys):
+  (code,) = (text for _, text in BLOCK.findall((DOCS / 'language_models.md').read_text()))
+  exec(compile(code, 'language_models.md', 'exec'), {})
+  token, completion = capsys.readouterr().out.split('\n', 1)
+  assert token == ' Paris'
+  assert len(completion.split()) > 3

@@ -15,6 +15,9 @@ from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh
 
 GOLDEN = Path(__file__).parent / 'golden' / 'gemma'
 
+# Programs run for a moment here, and are compiled for seconds: not optimised, for a third of them.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
 _COMMON = dict(
   num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_mlp=64, vocab_size=512,
   activation='gelu', window=8, global_every=2, post_norms=True, scale_embeddings=True,

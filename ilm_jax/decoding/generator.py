@@ -52,8 +52,9 @@ class Generator:
   comes, and no other (`num_compiled` counts them). With max_rows=8 and prompts up to 1,024 tokens,
   there are at most 4 x 7 for each power of two of max_new_tokens.
 
-  What comes of a prompt does not depend on the prompts beside it; what is drawn at random depends
-  on its place among them.
+  What comes of a prompt does not depend on the prompts beside it, except for rounding, which with
+  bfloat16 can tip the scales between two tokens; what is drawn at random depends on the prompt's
+  place among them.
 
   Args:
     lm: a decoder or an encoder-decoder; `params` its parameters.

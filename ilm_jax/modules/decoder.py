@@ -168,11 +168,15 @@ class Decoder(nn.Module):
     c = self.config
     batch, length, _ = embeddings.shape
     tokens = attention.tokens_at(batch, length, positions, segment_ids)
-    shared = _Shared(
-      tokens=tokens,
-      rope=_rope(tokens.positions, c, local=False),
-      local_rope=_rope(tokens.positions, c, local=True) if any(c.is_local) else None,
-    )
+
+    def ropes() -> tuple[Any, Any]:
+      everything = _rope(tokens.positions, c, local=False)
+      return everything, _rope(tokens.positions, c, local=True) if any(c.is_local) else None
+
+    if not self.compute.scan_layers:
+      # XLA for CPUs would compute sines in every layer and head, but keeps the result of a branch.
+      ropes = functools.partial(jax.lax.cond, embeddings[0, 0, 0] > 0, ropes, ropes)
+    shared = _Shared(tokens, *ropes())
     if not (self.compute.attention == 'splash' and cache is prefix_mask is mask is None):
       everything, local = _masks(c, tokens, prefix_mask, mask, cache)
       shared = shared._replace(mask=everything, local_mask=local)
@@ -298,18 +302,35 @@ class _Attention(nn.Module):
       key = RMSNorm(c.norm_epsilon, self.compute.dtype, 'kv', name='key_norm')(key)
     sin_cos = _choose(is_local, shared.local_rope, shared.rope)
     query, new = _rotate(query, *sin_cos), KeyValue(_rotate(key, *sin_cos), value)
-    scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
-    attended = attention.attend(
-      query,
-      new,
-      cached,
-      _choose(is_local, shared.local_mask, shared.mask),
-      scale=scale,
+    options: dict[str, Any] = dict(
+      scale=c.head_dim**-0.5 if c.query_scale is None else c.query_scale,
       softcap=c.attention_softcap,
-      implementation=self.compute.attention,
     )
+    if shared.mask is None:
+      windows = (c.window, None) if shared.local_rope else (None, None)
+      args = query, new, shared.tokens.segment_ids
+      attended = _splash(is_local, windows, *args, **options)
+    else:
+      mask = _choose(is_local, shared.local_mask, shared.mask)
+      implementation = self.compute.attention
+      attended = attention.attend(
+        query, new, cached, mask, implementation=implementation, **options
+      )
     out = dense('out', c.d_model, ('heads', 'kv', 'embed'), self.compute, inputs=2)
     return out(attended.swapaxes(1, 2)), new
+
+
+def _splash(is_local: Any, windows: tuple[int | None, int | None], *args: Any, **options: Any):
+  """Splash attention, with the first of `windows` in local layers and the second in others."""
+  from ilm_jax.modules import splash  # not needed elsewhere, and Pallas takes a while to import
+
+  def attend(window: int | None, query: jax.Array, new: KeyValue, segment_ids: jax.Array):
+    return splash.attend(query, *new, segment_ids, window=window, **options)
+
+  local, everything = (functools.partial(attend, window) for window in windows)
+  if isinstance(is_local, bool) or windows[0] is None:
+    return (local if is_local is True else everything)(*args)
+  return jax.lax.cond(is_local, local, everything, *args)
 
 
 def _choose(is_local: Any, local: Any, everything: Any) -> Any:

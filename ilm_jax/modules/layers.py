@@ -115,7 +115,10 @@ class Embedder(nn.Module):
   def attend(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> logits [..., V]: sums in float32 whatever the operands are."""
     if self.compute.bf16_matmul:
-      logits = bf16_times_rows(hidden, self.embedding)
+      # What is no float has no gradient. Bytes are exact in bfloat16.
+      is_int8 = self.compute.is_int8
+      table = self.embedding.astype(jnp.bfloat16) if is_int8 else self.embedding
+      logits = bf16_times_rows(hidden, table)
     else:
       dtype, dims = self.compute.dtype, (((hidden.ndim - 1,), (1,)), ((), ()))
       logits = jax.lax.dot_general(

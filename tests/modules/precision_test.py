@@ -1,8 +1,10 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilm_jax.modules.layers import Compute, Embedder
 from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
 
 RNG = np.random.default_rng(0)
@@ -47,6 +49,20 @@ def test_product_and_gradients(product, einsum, left, right, dtype):
     assert got.dtype == like.dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('bf16_matmul', [True, False])
+@pytest.mark.parametrize('param_dtype', [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_gradients_go_through_the_head_of_a_frozen_model(param_dtype, bf16_matmul):
+  head = Embedder(11, 8, Compute(param_dtype=param_dtype, bf16_matmul=bf16_matmul))
+  params = nn.meta.unbox(head.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+  hidden, incoming = (jnp.asarray(RNG.normal(size=(3, n)), jnp.float32) for n in (8, 11))
+  _, gradient = jax.vjp(lambda hidden: head.apply(params, hidden, method='attend'), hidden)
+  table = {name: np.asarray(x, np.float64) for name, x in params['params'].items()}
+  scale = table.get('embedding_scale', np.ones(11))
+  expected = (np.asarray(incoming) * scale) @ table['embedding']
+  tolerance = 0.02 if bf16_matmul else 1e-5
+  np.testing.assert_allclose(gradient(incoming)[0], expected, atol=tolerance * abs(expected).max())
 
 
 def test_a_product_that_is_none_of_activations_and_kernel():

@@ -193,7 +193,7 @@ class TestOnEightDevices:
     held = 512 // shape.get('tensor', 1), 32 // shape.get('fsdp', 1)
     assert {x.data.shape for x in embedding.addressable_shards} == {held}
     with sharding.use_mesh(mesh, DEFAULT_RULES):
-      got = jax.jit(lambda p: lm.apply({'params': p}, ids, method='logits_of'))(parts)
+      got = tiny_gemma.jit(lambda p: lm.apply({'params': p}, ids, method='logits_of'))(parts)
     np.testing.assert_allclose(got, logits, atol=1e-4)
 
 

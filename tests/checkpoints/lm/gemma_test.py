@@ -100,7 +100,7 @@ def load(directory, config):
 @functools.cache
 def logits_of(config):
   lm = Decoder(config, Compute(scan_layers=False))
-  return jax.jit(lambda params, ids: lm.apply({'params': params}, ids, method='logits_of'))
+  return tiny_gemma.jit(lambda params, ids: lm.apply({'params': params}, ids, method='logits_of'))
 
 
 def check_logits(family, params, config):

@@ -1,0 +1,107 @@
+"""Prompts read by a language model, and log-probabilities of the tokens that may come next.
+
+Letters: B rows, T tokens of a prompt, D model width, V vocabulary, A tokens that a catalogue uses,
+C tokens that may come next.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+
+from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.models.token_losses import token_nll
+from ilm_jax.modules.attention import Cache
+from ilm_jax.modules.decoder import Decoder
+
+# What the probabilities of next tokens sum to one over: those that the catalogue allows, so that
+# the probabilities of all items do too; or all of the vocabulary.
+Normalise: TypeAlias = Literal['catalogue', 'vocabulary']
+# (hidden [..., D], columns [..., C], exists [..., C]) -> log-probabilities [..., C]
+LegalLogProbs: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+_LOGITS = 1 << 25  # held at once: 128 MB
+_NEVER = -1e30  # -inf would make gradients NaN where nothing exists
+
+
+def check_normalise(normalise: str) -> None:
+  allowed = get_args(Normalise)
+  if normalise not in allowed:
+    hint = did_you_mean(normalise, allowed)
+    raise UsageError(f'normalise={normalise!r}: one of {", ".join(allowed)}.{hint}')
+
+
+def prefill(
+  lm: Decoder, params: Any, embeddings: jax.Array, lengths: jax.Array
+) -> tuple[jax.Array, Cache]:
+  """Reads prompts.
+
+  Args:
+    lm: a decoder; `params` its parameters.
+    embeddings: [B, T, D], padded on the right.
+    lengths: [B], tokens of each.
+
+  Returns:
+    Hidden states [B, D] of the last tokens, and a cache of T places, all written.
+  """
+  batch, length = embeddings.shape[:2]
+  segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+  read: Any = lm.apply({'params': params}, embeddings, None, segment_ids)
+  hidden, new = read
+  at = jnp.maximum(lengths - 1, 0)[:, None, None]
+  last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
+  return last, lm.init_cache(batch, length).append(new)
+
+
+def legal_log_probs(
+  lm: Decoder, params: Any, alphabet: jax.Array, normalise: Normalise
+) -> LegalLogProbs:
+  """A function that gives the log-probabilities of tokens that may come next.
+
+  Logits are taken of the alphabet alone, which is a small part of a vocabulary: 1,800 of SmolLM2's
+  49,152 tokens are in titles of films.
+
+  Args:
+    lm: a decoder; `params` its parameters.
+    alphabet: [A] tokens, the columns of what the function is asked for.
+    normalise: over what.
+  """
+  check_normalise(normalise)
+  variables = {'params': params}
+  some = _with_tokens(lm, params, alphabet)
+
+  def over_vocabulary(hidden: jax.Array) -> jax.Array:
+    """The logarithm of the sum over the vocabulary: what is left of nll where no target is."""
+
+    def logits(rows: jax.Array) -> Any:
+      return lm.apply(variables, rows, method='logits')
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    chunk = max(1, _LOGITS // lm.config.vocab_size)
+    nothing = jnp.full(rows.shape[:1], -1)
+    return token_nll(logits, rows, nothing, chunk=chunk).reshape(hidden.shape[:-1])
+
+  def log_probs(hidden: jax.Array, columns: jax.Array, exists: jax.Array) -> jax.Array:
+    legal = jnp.take_along_axis(some(hidden), columns, axis=-1)
+    if normalise == 'catalogue':
+      total = jax.nn.logsumexp(jnp.where(exists, legal, _NEVER), axis=-1)
+    else:
+      total = over_vocabulary(hidden)
+    return jnp.where(exists, legal - total[..., None], -jnp.inf)
+
+  return log_probs
+
+
+def _with_tokens(lm: Decoder, params: Any, tokens: jax.Array) -> Callable[[jax.Array], jax.Array]:
+  """[..., D] -> logits [..., A]: the model's head with the rows of some tokens."""
+  name = 'embedder' if lm.config.tied_head else 'head'
+  rows = jax.tree.map(lambda x: jnp.take(x, tokens, axis=0, mode='clip'), params[name])
+  config = dataclasses.replace(lm.config, vocab_size=tokens.shape[0])
+  head = Decoder(config, lm.compute)
+
+  def logits(hidden: jax.Array) -> Any:
+    return head.apply({'params': {name: rows}}, hidden, method='logits')
+
+  return logits

@@ -6,13 +6,13 @@
 
 All beams of a user are a tree of tokens behind one prompt, and stay where they are in one cache:
 each token of the tree is run once, and nothing is copied when a beam splits or ends. Two beams,
-the first of which ends, while the second goes on in two ways:
+of which the second goes on in two ways, and the first is given up:
 
-  step           0           1
-  said        Alien Heat   EOS '2'
-  place  prompt  0    1     2   3      of the tree
-  parent      -    -        0   1
-  '2' sees  1    .    1     .   1
+  step              1           2
+  tokens         Alien Heat   EOS '2'
+  place  prompt    0    1      2   3    of the tree
+  parent                       1   1
+  '2' sees  1      .    1      .   1
 
 Letters: B users, T tokens of a prompt, D model width, W beams, I items, C children of a node,
 S places of the cache, of which P are of the tree.
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from ilm_jax.decoding.legal import Normalise, legal_log_probs, prefill
 from ilm_jax.decoding.trie import Trie
+from ilm_jax.errors import UsageError
 from ilm_jax.modules.attention import Cache, NewTokens, Tokens
 from ilm_jax.modules.decoder import Decoder
 
@@ -69,7 +70,14 @@ def beam_search(
       what the model would rather say that is no item.
     forbidden: [B, I] bool, items that must not come, such as those that a user has seen. Beams
       keep away from beginnings of which nothing else is left; scores do not change.
+
+  The cache has room for W tokens of each level of the trie: it grows with beam_size x max_depth.
+
+  Raises:
+    UsageError: beam_size or normalise is not among what is allowed.
   """
+  if beam_size < 1:
+    raise UsageError(f'beam_size={beam_size}: it must be 1 or more.')
   batch = embeddings.shape[0]
   beams = min(beam_size, trie.num_items)  # no level of the trie has more nodes
   steps = trie.max_depth - 1  # the last token of an item is not run
@@ -159,7 +167,6 @@ def _run(
   cache: Cache,
 ) -> tuple[jax.Array, NewTokens]:
   """Tokens [B, W] of beams, each behind what it sees: hidden states [B, W, D] and for the cache."""
-
   variables, prompt_length = {'params': params}, cache.capacity - sees.shape[2]
 
   def of_user(

@@ -150,55 +150,99 @@ def generate(
     cache: of one row: tokens 0 to `cache.length` - 1, which come before all prompts. Of decoders.
     rows: [B], of which random numbers a row gets; 0, 1, ... by default.
   """
-  variables = {'params': params}
-
-  def apply(method: str, *args: Any, **kwargs: Any) -> Any:
-    return lm.apply(variables, *args, method=method, **kwargs)
-
+  apply = _apply(lm, params)
   if not jnp.issubdtype(inputs.dtype, jnp.floating):
     inputs = apply('embed_tokens', inputs)
-  batch, length = inputs.shape[:2]
-  there = jnp.arange(length) < lengths[:, None]
-  segment_ids = there.astype(jnp.int32)
+  batch = inputs.shape[0]
   if isinstance(lm, T5) and lm.config.num_encoder_layers:
-    source = apply('cross_cache', apply('encode', inputs, segment_ids=segment_ids))
-
-    def run(embeddings: jax.Array, positions: jax.Array, cache: Cache | None) -> Any:
-      return apply(
-        'decode',
-        embeddings,
-        source,
-        positions=positions,
-        encoder_segment_ids=segment_ids,
-        cache=cache,
+    if cache is not None:
+      raise ValueError(
+        'generate: a cache is of a decoder that reads the prompts; here, an encoder.'
       )
-
-    start = apply('embed_tokens', jnp.full((batch, 1), START_ID))
-    hidden, new = run(start, jnp.zeros((batch, 1), jnp.int32), None)
-    cache = lm.init_cache(batch, max_new_tokens).append(new)
-    last, positions = hidden[:, 0], jnp.ones((batch,), jnp.int32)
+    read = _read_by_encoder(lm, apply, inputs, lengths, max_new_tokens)
   else:
-
-    def run(embeddings: jax.Array, positions: jax.Array, cache: Cache | None) -> Any:
-      return apply('__call__', embeddings, positions, cache=cache)
-
-    first = 0 if cache is None else cache.length
-    places = jnp.broadcast_to(first + jnp.arange(length, dtype=jnp.int32), (batch, length))
-    hidden, new = apply('__call__', inputs, places, segment_ids, cache=cache)
-    before = lm.init_cache(batch, 0) if cache is None else cache.repeat(batch)
-    cache = before.extended(length + max_new_tokens - 1).append(new)
-    at = jnp.maximum(lengths - 1, 0)
-    last = jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0]
-    positions = first + lengths
+    read = _read_by_decoder(lm, apply, inputs, lengths, max_new_tokens, cache)
 
   def step(tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, NewTokens]:
-    hidden, new = run(apply('embed_tokens', tokens[:, None]), positions[:, None], cache)
+    hidden, new = read.run(apply('embed_tokens', tokens[:, None]), positions[:, None], cache)
     return apply('logits', hidden[:, 0]), new
 
-  logits = apply('logits', last)
-  rows = jnp.arange(batch) if rows is None else rows
   return decode(
-    step, logits, positions, cache, sampling, max_new_tokens, rows=rows, ended=lengths == 0
+    step,
+    apply('logits', read.last),
+    read.positions,
+    read.cache,
+    sampling,
+    max_new_tokens,
+    rows=jnp.arange(batch) if rows is None else rows,
+    ended=lengths == 0,
+  )
+
+
+class _Read(NamedTuple):
+  """Prompts that were read.
+
+  Attributes:
+    run: (embeddings [B, 1, D], positions [B, 1], cache) -> (hidden [B, 1, D], NewTokens).
+    last: [B, D], what the first new token is chosen by.
+    positions: [B], where that token will stand.
+    cache: with room for all new tokens but the last, which is not run.
+  """
+
+  run: Callable[[jax.Array, jax.Array, Cache], tuple[jax.Array, NewTokens]]
+  last: jax.Array
+  positions: jax.Array
+  cache: Cache
+
+
+def _apply(lm: Decoder | T5, params: Any) -> Callable[..., Any]:
+  return lambda method, *args, **kwargs: lm.apply(
+    {'params': params}, *args, method=method, **kwargs
+  )
+
+
+def _read_by_decoder(
+  lm: Decoder | T5,
+  apply: Callable[..., Any],
+  inputs: jax.Array,
+  lengths: jax.Array,
+  max_new_tokens: int,
+  cache: Cache | None,
+) -> _Read:
+  batch, length, _ = inputs.shape
+  first = 0 if cache is None else cache.length
+  positions = jnp.broadcast_to(first + jnp.arange(length, dtype=jnp.int32), (batch, length))
+  there = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+  hidden, new = apply('__call__', inputs, positions, there, cache=cache)
+  before = lm.init_cache(batch, 0) if cache is None else cache.repeat(batch)
+  at = jnp.maximum(lengths - 1, 0)
+  return _Read(
+    run=lambda embeddings, positions, cache: apply('__call__', embeddings, positions, cache=cache),
+    last=jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0],
+    positions=first + lengths,
+    cache=before.extended(length + max_new_tokens - 1).append(new),
+  )
+
+
+def _read_by_encoder(
+  lm: T5, apply: Callable[..., Any], inputs: jax.Array, lengths: jax.Array, max_new_tokens: int
+) -> _Read:
+  """The decoder has run on the token that it begins with."""
+  batch, length, _ = inputs.shape
+  there = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
+  source = apply('cross_cache', apply('encode', inputs, segment_ids=there))
+
+  def run(embeddings: jax.Array, positions: jax.Array, cache: Cache | None) -> Any:
+    at = {'positions': positions, 'encoder_segment_ids': there}
+    return apply('decode', embeddings, source, cache=cache, **at)
+
+  start = apply('embed_tokens', jnp.full((batch, 1), START_ID))
+  hidden, new = run(start, jnp.zeros((batch, 1), jnp.int32), None)
+  return _Read(
+    run=run,
+    last=hidden[:, 0],
+    positions=jnp.ones((batch,), jnp.int32),
+    cache=lm.init_cache(batch, max_new_tokens).append(new),
   )
 
 

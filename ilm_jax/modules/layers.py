@@ -45,7 +45,8 @@ class Compute:
       'layers/...'; else L layers, 'layers_0/...', which compile L times as long. XLA for CPUs
       converts stacked bfloat16 to float32 in every call: there, False is twice as fast.
     attention: 'xla'; or a fused kernel that never holds [T, T] scores: 'splash' (TPU) or 'cudnn'
-      (NVIDIA), which serve calls without a cache or a prefix mask.
+      (NVIDIA), which serve calls without a cache, a prefix mask or a mask of the caller's. Splash
+      takes the order of tokens from their places in the row, as packed rows have it.
   """
 
   dtype: Any = jnp.float32

@@ -11,6 +11,7 @@ import pytest
 import tiny_lms
 
 from ilm_jax.decoding.beam import beam_search
+from ilm_jax.errors import UsageError
 
 ITEMS = len(catalogues.SEQUENCES)
 
@@ -110,6 +111,11 @@ def test_a_row_of_length_0_is_not_wanted():
   assert beams.items[1].tolist() == [-1] * 3
   for got, expected in zip(beams, alone):
     np.testing.assert_array_equal(got[[0, 2]], expected[[0, 2]])
+
+
+def test_no_beam_is_refused():
+  with pytest.raises(UsageError, match='beam_size=0'):
+    search(tiny_lms.tiny_lm('gemma'), beam_size=0)
 
 
 @pytest.mark.parametrize('scan', [True, False])

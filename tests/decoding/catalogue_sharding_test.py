@@ -1,7 +1,6 @@
 """Recommending on eight devices is what it is on one: users and all weights are split."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp

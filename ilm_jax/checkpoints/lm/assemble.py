@@ -103,7 +103,6 @@ def assemble(
     UsageError: a parameter has no recipe, a tensor is missing, left over or of another shape. The
       message lists them all, and nothing was read.
   """
-  recipe = {**recipe, **_int8(recipe, like)}
   flat: dict[str, Any] = flax.traverse_util.flatten_dict(like, sep='/')
   recipe = {**recipe, **_int8(recipe, flat)}
   plans = {path: _plan(path, leaf, recipe, source) for path, leaf in flat.items()}
@@ -197,7 +196,7 @@ def _check(
 ) -> None:
   lines = []
   for name in sorted(used - source.shapes.keys(), key=_natural):
-    lines.append(f'  + {name}: missing{did_you_mean(name, left_over)}')
+    lines.append(f'  + {name}: missing.{did_you_mean(name, left_over)}')
   for name in left_over:
     lines.append(f'  - {name} {list(source.shapes[name])}: no parameter is made of it')
   for path, plan in plans.items():

@@ -71,7 +71,7 @@ class ScoringPlan:
 
 
 def scoring_plan(
-  trie: Trie, normalise: Normalise = 'catalogue', *, nodes_at_once: int = 512
+  trie: Trie, normalise: Normalise = 'catalogue', *, nodes_at_once: int = 128
 ) -> ScoringPlan:
   """Made once for a catalogue, outside jit.
 
@@ -79,7 +79,7 @@ def scoring_plan(
     trie: the catalogue.
     normalise: over which tokens probabilities sum to one: those that go on towards an item
       ('catalogue': the probabilities of all distinct texts sum to one) or all ('vocabulary').
-    nodes_at_once: nodes of a group, about. Memory grows with B x G x (T + G).
+    nodes_at_once: G, about. Memory grows with B x G x (T + G), and so does the time of attention.
   """
   check_normalise(normalise)
   parent, depth, token = (np.asarray(x) for x in (trie.parent, trie.depth, trie.token))

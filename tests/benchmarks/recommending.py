@@ -34,7 +34,7 @@ def main() -> None:
   parser.add_argument('--prompt', type=int, default=128)
   parser.add_argument('--beams', type=int, nargs='+', default=[10, 50])
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--nodes_at_once', type=int, default=512)
+  parser.add_argument('--nodes_at_once', type=int, default=128)
   parser.add_argument('--normalise', nargs='+', default=['catalogue', 'vocabulary'])
   arguments = parser.parse_args()
 

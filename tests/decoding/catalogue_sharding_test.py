@@ -1,6 +1,7 @@
 """Recommending on eight devices is what it is on one: users and all weights are split."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def results(mesh):
 
   @jax.jit
   def run(params, trie, plan, batch):
-    prompts = LM.apply({'params': params}, batch['tokens'], method='embed_tokens')
+    prompts: Any = LM.apply({'params': params}, batch['tokens'], method='embed_tokens')
     arguments = (prompts, batch['lengths'])
     beams = beam_search(LM, params, trie, *arguments, beam_size=3, normalise='vocabulary')
     return beams, catalogue_scores(LM, params, plan, *arguments)

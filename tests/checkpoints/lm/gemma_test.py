@@ -153,7 +153,7 @@ def test_bfloat16_as_released(tmp_path):
 BROKEN = {
   'renamed': (
     lambda tree: tree.update({'layer_1/attn/query_einsum/w': tree.pop('layer_1/attn/q_einsum/w')}),
-    r'\+ layer_1/attn/q_einsum/w: missing Did you mean .layer_1/attn/query_einsum/w.*\n'
+    r'\+ layer_1/attn/q_einsum/w: missing. Did you mean .layer_1/attn/query_einsum/w.*\n'
     r'  - layer_1/attn/query_einsum/w \[4, 32, 8\]: no parameter is made of it',
   ),
   'missing': (

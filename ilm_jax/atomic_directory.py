@@ -1,7 +1,8 @@
-"""Directories that are complete or absent: written under a temporary name, then renamed."""
+"""What is made on a disk once: complete or absent, and by one process at a time."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -48,6 +49,18 @@ def complete_or_absent(target: Path, kind: str) -> Iterator[Path]:
     shutil.rmtree(unfinished, ignore_errors=True)
     raise
   _fsync(target.parent)
+
+
+@contextlib.contextmanager
+def one_process(target: Path) -> Iterator[None]:
+  """Lets one process of the machine at a time make `target`, a file or directory; others wait.
+
+  The kernel drops the lock when its holder dies. What others made meanwhile is to be looked for.
+  """
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with open(target.parent / f'.{target.name}.lock', 'w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 def refuse_existing(target: Path, kind: str) -> None:

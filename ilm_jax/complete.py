@@ -8,7 +8,6 @@ from ilm_jax.checkpoints.lm.load import default_compute, load_lm
 from ilm_jax.decoding.generator import Generator
 from ilm_jax.decoding.sampling import SamplingOptions
 from ilm_jax.errors import UsageError
-from ilm_jax.quiet import import_tensorflow
 from ilm_jax.sharding import make_mesh
 
 
@@ -53,7 +52,6 @@ def complete(
     UsageError: there is no such model, it has no tokenizer or no chat template, or an option is
       not allowed.
   """
-  import_tensorflow()
   options = SamplingOptions(max_new_tokens, temperature, top_k, top_p, seed=seed)
   compute = default_compute()
   if int8:

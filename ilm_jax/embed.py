@@ -9,7 +9,6 @@ from ilm_jax.atomic_directory import complete_or_absent
 from ilm_jax.cf import entity_table
 from ilm_jax.data.prepared import load_prepared
 from ilm_jax.errors import UsageError
-from ilm_jax.quiet import import_tensorflow
 
 
 def embed(
@@ -63,7 +62,6 @@ def embed(
   Raises:
     UsageError: the output exists, options of both kinds, or something is wrong with the files.
   """
-  import_tensorflow()
   output = output.expanduser()
   fitting = _given(
     factors=ials_factors,

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import ilm_jax
 from ilm_jax.data.fetch import cache_dir
 from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.quiet import import_tensorflow
 
 # Command -> what it does. Command `x` is the function `x` of `ilm_jax/x.py`, imported when asked
 # for: `ilm --help` waits for no TensorFlow.
@@ -17,6 +18,9 @@ COMMANDS = {
   'train': 'train the item encoder (phase 1)',
   'complete': 'let a language model, by name or path, go on from a prompt',
 }
+
+# Commands whose module imports TensorFlow; the others do so when they need it.
+_IMPORTS_TENSORFLOW = ('train',)
 
 # Commands that go on in the directory of this parameter, and so save their configuration first.
 _RUN_DIRECTORY = {'train': 'model_dir'}
@@ -63,6 +67,8 @@ def _run(argv: list[str]) -> int:
       f'unknown command {command!r}.{did_you_mean(command, COMMANDS)} Commands:'
       f' {", ".join(COMMANDS)}; `ilm --help` tells what they do.'
     )
+  if command in _IMPORTS_TENSORFLOW:
+    import_tensorflow()
   function = getattr(importlib.import_module(f'ilm_jax.{command}'), command)
   from ilm_jax import config_flags
 

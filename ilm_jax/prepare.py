@@ -86,7 +86,6 @@ def prepare(
   Raises:
     UsageError: the output exists, or something is wrong with the options or the data.
   """
-  import_tensorflow()
   creation = _json_values(locals() | {'modules': module_names(modules)})
   del creation['output']  # the directory may be moved
   output = output.expanduser()
@@ -128,8 +127,9 @@ def prepare(
       with _step('measuring the reference rankers'):
         table = _write_rankers(prepared, fitted[:2], seed, directory)
       print(f'\n{table}\nmore in {output / "rankers.txt"}\n', flush=True)
-    print('loading TensorFlow', flush=True)  # a whole line, for it has things to say
-    from ilm_jax.data import tfds_io  # seconds to import: after whatever may be wrong
+    with _step('loading TensorFlow'):  # after whatever may be wrong
+      import_tensorflow()
+      from ilm_jax.data import tfds_io
 
     with _step('writing records'):
       tfds_io.write(prepared, directory / TFDS_DIR, use_beam=use_beam)

@@ -29,7 +29,6 @@ from ilm_jax.metric_log import MetricLog, Profile
 from ilm_jax.phases.phase import InputOptions, Phase, check_sources
 from ilm_jax.plugins import import_modules
 from ilm_jax.progress import Progress
-from ilm_jax.quiet import import_tensorflow
 
 # Parameters by these names are matrices or tables: weight decay is for them alone.
 _DECAYED = ('kernel', 'embedding', 'queries', 'positions')
@@ -128,7 +127,6 @@ def train(
     UsageError: a setting is wrong, or MODEL_DIR belongs to another model or data set.
     FloatingPointError: a value is no longer finite; the message says where it began.
   """
-  import_tensorflow()
   counts = {'total_steps': total_steps, 'accumulate_steps': accumulate_steps}
   counts |= {'eval_every': eval_every, 'save_every': save_every, 'log_every': log_every}
   for name, value in counts.items():

@@ -33,6 +33,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
+from ilm_jax.checkpoints.natural_order import natural_order
 from ilm_jax.data import fetch
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules import qformer
@@ -240,7 +241,7 @@ def init_qformer_from_bert(
     partly_new=[_WORD_LEAF] if len(flat[_WORD_LEAF]) > len(weights[_WORDS]) else [],
     copied=sorted(copied),
     new=sorted(flat.keys() - values.keys()),
-    dropped=sorted(weights.keys() - bert.used, key=_natural),
+    dropped=sorted(weights.keys() - bert.used, key=natural_order),
     notes=notes,
     sizes={name: math.prod(np.shape(x)) for name, x in {**weights, **flat}.items()},
   )
@@ -386,11 +387,6 @@ def _abbreviated(names: Sequence[str]) -> str:
     separator = '/' if '/' in name else '.'
     groups[separator.join(name.split(separator)[:3])] += 1
   return ', '.join(f'{group}({n})' if n > 1 else group for group, n in groups.items())
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-  """Sorts layer 10 behind layer 9."""
-  return [(int(part), '') if part.isdigit() else (-1, part) for part in name.split('.')]
 
 
 def _weights_file(path: Path) -> Path:

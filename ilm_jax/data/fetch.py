@@ -12,7 +12,6 @@ hash is checked again each time it is asked for.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -25,6 +24,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from ilm_jax.atomic_directory import one_process
 from ilm_jax.errors import UsageError, did_you_mean
 
 _CHUNK = 1 << 20
@@ -121,13 +121,10 @@ def _all_cached(requirement: str, members: Mapping[str, str], targets: Mapping[s
 def _only_process(folder: Path) -> Iterator[Path]:
   """Yields an empty scratch directory on the cache's disk, to one process of the machine at a time.
 
-  The kernel drops the lock when its holder dies, so what lies in the scratch directory when the
-  lock is taken was left by a process that was killed, and is removed.
+  What lies in it when the lock is taken was left by a process that was killed, and is removed.
   """
-  folder.parent.mkdir(parents=True, exist_ok=True)
   scratch = folder.parent / f'.{folder.name}.partial'
-  with open(folder.parent / f'.{folder.name}.lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with one_process(folder):
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(exist_ok=True)
     try:

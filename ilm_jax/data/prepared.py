@@ -16,6 +16,7 @@ import numpy as np
 
 from ilm_jax.atomic_directory import is_incomplete
 from ilm_jax.errors import UsageError
+from ilm_jax.quiet import import_tensorflow
 
 DATASET_FILE = 'dataset.json'
 FORMAT_VERSION = 1
@@ -131,7 +132,8 @@ def load_prepared(directory: str | Path) -> PreparedData:
   Raises:
     UsageError: as `read_metadata`; or the records are not those that were written.
   """
-  from ilm_jax.data import tfds_io  # TensorFlow: only when records are read
+  import_tensorflow()  # only when records are read
+  from ilm_jax.data import tfds_io
 
   metadata = read_metadata(directory)
   prepared = tfds_io.read(Path(directory) / metadata['tfds_dir'], metadata)

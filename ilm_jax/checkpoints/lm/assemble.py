@@ -26,6 +26,7 @@ import flax.traverse_util
 import jax
 import numpy as np
 
+from ilm_jax.checkpoints.natural_order import natural_order
 from ilm_jax.errors import UsageError, did_you_mean
 
 
@@ -107,7 +108,7 @@ def assemble(
   recipe = {**recipe, **_int8(recipe, flat)}
   plans = {path: _plan(path, leaf, recipe, source) for path, leaf in flat.items()}
   used = {name for plan in plans.values() for part in plan.parts for name in part}
-  rest = sorted(source.shapes.keys() - used, key=_natural)
+  rest = sorted(source.shapes.keys() - used, key=natural_order)
   unused = [name for name in rest if any(fnmatch.fnmatchcase(name, p) for p in dropped)]
   _check(source, plans, flat, used, [name for name in rest if name not in set(unused)])
   # What is made of one tensor, one after the other: it is read once.
@@ -195,7 +196,7 @@ def _check(
   left_over: Sequence[str],
 ) -> None:
   lines = []
-  for name in sorted(used - source.shapes.keys(), key=_natural):
+  for name in sorted(used - source.shapes.keys(), key=natural_order):
     lines.append(f'  + {name}: missing.{did_you_mean(name, left_over)}')
   for name in left_over:
     lines.append(f'  - {name} {list(source.shapes[name])}: no parameter is made of it')
@@ -250,8 +251,3 @@ def _place(read: Callable[[str], np.ndarray], plan: _Plan, leaf: Any) -> jax.Arr
 
 def _key(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
   return tuple(s.indices(n)[:2] for s, n in zip(index, shape))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-  """Sorts layer 10 behind layer 9."""
-  return [(int(part), '') if part.isdigit() else (-1, part) for part in re.split(r'[./]', name)]

@@ -11,52 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 
-from ilm_jax.checkpoints.lm.assemble import Leaf, Recipe
+from ilm_jax.checkpoints.lm.orbax_source import OrbaxSource
 from ilm_jax.errors import UsageError
 
 FACTS = 'lm.json'
 _PARAMS = 'params'
 
 
-class ConvertedSource:
-  """The parameters of a converted language model, a `TensorSource`.
-
-  Attributes:
-    where, shapes: see TensorSource; names are those of our parameters, 'layers/mlp/wo/kernel'.
-  """
-
-  def __init__(self, directory: Path):
-    self.where = str(directory)
-    self._path = epath.Path(directory.absolute()) / _PARAMS
-    self._reader = ocp.PyTreeCheckpointHandler()
-    tree = self._reader.metadata(self._path).tree
-    self._leaves: dict[str, Any] = flax.traverse_util.flatten_dict(tree, sep='/')
-    self.shapes = {name: tuple(leaf.shape) for name, leaf in self._leaves.items()}
-
-  def read(self, name: str) -> np.ndarray:
-    leaf = self._leaves[name]
-    wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)}
-    nested = flax.traverse_util.unflatten_dict(wanted, sep='/')
-    restored = self._reader.restore(
-      self._path,
-      args=ocp.args.PyTreeRestore(
-        nested,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), nested),
-        partial_restore=True,
-      ),
-    )
-    flat: dict[str, Any] = flax.traverse_util.flatten_dict(restored, sep='/')
-    return flat[name]
-
-  def recipe(self) -> Recipe:
-    """Every parameter is what it is called."""
-    return {name: Leaf(name) for name in self.shapes}
+def open_params(directory: Path) -> OrbaxSource:
+  """The parameters, under our own names: 'layers/mlp/wo/kernel'."""
+  return OrbaxSource(directory / _PARAMS)
 
 
 def write(directory: Path, params: Any, facts: Mapping[str, Any]) -> None:

@@ -13,7 +13,6 @@
 """
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import re
@@ -26,10 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ilm_jax.atomic_directory import complete_or_absent
+from ilm_jax.atomic_directory import complete_or_absent, one_process
 from ilm_jax.checkpoints.lm import converted, huggingface, t5_recipes
-from ilm_jax.checkpoints.lm.assemble import Recipe, Report, TensorSource, assemble
+from ilm_jax.checkpoints.lm.assemble import Leaf, Recipe, Report, TensorSource, assemble
 from ilm_jax.checkpoints.lm.huggingface_tokenizers import huggingface_tokenizer, tokenizer_facts
+from ilm_jax.checkpoints.lm.orbax_source import OrbaxSource
 from ilm_jax.checkpoints.lm.packages import PACKAGES, fetch
 from ilm_jax.checkpoints.lm.tokenizer_facts import TokenizerFacts
 from ilm_jax.data.chat import render_chat
@@ -38,6 +38,7 @@ from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.decoder import Decoder, DecoderConfig, RopeScaling
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.t5 import T5, T5Config
+from ilm_jax.quiet import import_tensorflow
 from ilm_jax.sharding import DEFAULT_RULES, Rules, abstract_init, make_mesh
 
 _SAMPLE = 1 << 20  # bytes
@@ -200,6 +201,7 @@ def abstract_params(module: Decoder | T5, mesh: Mesh | None = None, rules: Rules
 
 def make_vocabulary(tokenizer: Tokenizer) -> Any:
   """The SlotVocabulary of a tokenizer. It imports TensorFlow."""
+  import_tensorflow()
   from ilm_jax.data import vocabularies
 
   facts, file = tokenizer
@@ -267,19 +269,17 @@ def _gguf(
   """The converted copy in the cache, which is made where there is none."""
   directory = cache_dir() / 'lm' / f'{name}-{sha256[:16]}'
   if not directory.exists():
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with open(directory.parent / f'.{directory.name}.lock', 'w') as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)  # one process of the machine converts, the others find it
+    with one_process(directory):
       if not directory.exists():
         _convert_gguf(file(), directory, sha256, say)
   facts = converted.read_facts(directory)
-  source = converted.ConvertedSource(directory)
+  source = converted.open_params(directory)
   tokenizer = TokenizerFacts.from_dict(facts['tokenizer'], str(directory / converted.FACTS))
   return _Checkpoint(
     format='gguf',
     source=source,
     config=_decoder_config(facts['config']),
-    recipe=source.recipe(),
+    recipe={name: Leaf(name) for name in source.shapes},
     dropped=(),
     tokenizer=Tokenizer(tokenizer, directory / tokenizer.file),
     content_hash=lambda: facts['content_hash'],
@@ -346,7 +346,7 @@ def _t5x(path: Path, config: Any) -> _Checkpoint:
 def _gemma(path: Path, config: Any) -> _Checkpoint:
   from ilm_jax.checkpoints.lm import gemma
 
-  source = gemma.GemmaSource(path)
+  source = OrbaxSource(path)
   config = config or gemma.gemma_config(source)
   recipe, dropped = gemma.gemma_recipe(config, source.shapes)
   return _foreign('gemma', path, source, config, recipe, dropped)

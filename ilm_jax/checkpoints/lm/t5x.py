@@ -9,12 +9,11 @@ from typing import Any
 
 import flax.serialization
 import flax.traverse_util
-import jax
 import numpy as np
-import orbax.checkpoint as ocp  # T5X's layout, which manager.py neither writes nor reads
 import tensorstore
 from etils import epath
 
+from ilm_jax.checkpoints.lm.orbax_source import OrbaxSource
 from ilm_jax.errors import UsageError
 
 
@@ -42,9 +41,10 @@ class T5XSource:
     self._directory = epath.Path(path).expanduser()
     if not self._directory.is_absolute():
       self._directory = self._directory.absolute()  # which would spoil a bucket's URL
-    self._orbax = ocp.PyTreeCheckpointHandler()
+    self._orbax: OrbaxSource | None = None
     if (self._directory / 'state' / '_METADATA').exists():
-      tree = self._orbax.metadata(self._directory / 'state').tree
+      self._orbax = OrbaxSource(self._directory / 'state')
+      tree = flax.traverse_util.unflatten_dict(self._orbax.shapes, sep='/')
     elif (self._directory / 'checkpoint').is_file():
       tree = self._read_index(self._directory / 'checkpoint')
     else:
@@ -53,18 +53,16 @@ class T5XSource:
       raise UsageError(f"{path}: there is no 'target' in it, under which T5X keeps parameters.")
     self._leaves = {'/'.join(name): leaf for name, leaf in _leaves(tree['target'])}
     self.shapes: Mapping[str, tuple[int, ...]] = {
-      name: tuple(leaf['metadata']['shape'] if isinstance(leaf, dict) else leaf.shape)
-      for name, leaf in self._leaves.items()
+      name: _shape(leaf) for name, leaf in self._leaves.items()
     }
 
   def read(self, name: str) -> np.ndarray:
     """The tensor."""
+    if self._orbax is not None:
+      return self._orbax.read(f'target/{name}')
     leaf = self._leaves[name]
-    if isinstance(leaf, np.ndarray):  # small ones may stand in the index
-      return leaf
-    if isinstance(leaf, dict):
-      return self._read_tensorstore(leaf)
-    return self._read_orbax(('target', *name.split('/')), leaf)
+    # Small ones may stand in the index.
+    return leaf if isinstance(leaf, np.ndarray) else self._read_tensorstore(leaf)
 
   def _read_index(self, file: epath.Path) -> Any:
     try:
@@ -72,19 +70,6 @@ class T5XSource:
     except ValueError as error:
       raise UsageError(f'{file}: cannot be read as msgpack: {error}.') from error
     return index.get('optimizer') if isinstance(index, Mapping) else None
-
-  def _read_orbax(self, name: tuple[str, ...], leaf: Any) -> np.ndarray:
-    like = flax.traverse_util.unflatten_dict({name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)})
-    restored = self._orbax.restore(
-      self._directory / 'state',
-      args=ocp.args.PyTreeRestore(
-        like,
-        restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like),
-        partial_restore=True,
-      ),
-    )
-    leaves: dict[Any, Any] = flax.traverse_util.flatten_dict(restored)
-    return leaves[name]
 
   def _read_tensorstore(self, spec: Mapping[str, Any]) -> np.ndarray:
     # The index has the path that the array had when it was written, whose last part stays true.
@@ -104,6 +89,13 @@ def _leaves(tree: Any, name: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
       yield from _leaves(value, (*name, key))
   else:
     yield name, tree
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+  """Of an array, of a TensorStore spec, or itself."""
+  if isinstance(leaf, tuple):
+    return leaf
+  return tuple(leaf['metadata']['shape'] if isinstance(leaf, dict) else leaf.shape)
 
 
 def _hint(directory: epath.Path) -> str:

@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ilm_jax.checkpoints.lm import gemma
 from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.checkpoints.lm.orbax_source import OrbaxSource
 from ilm_jax.errors import UsageError
 from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.decoder_sizes import DECODER_SIZES
@@ -90,7 +91,7 @@ def save(path, tree, *, ocdbt=True, zarr3=False):
 
 
 def load(directory, config):
-  source = gemma.GemmaSource(directory)
+  source = OrbaxSource(directory)
   lm = Decoder(config, Compute(scan_layers=False))
   recipe, dropped = gemma.gemma_recipe(config, source.shapes)
   params, report = assemble(source, recipe, tiny_gemma.abstract(lm), dropped=dropped)
@@ -271,22 +272,22 @@ def test_a_square_feed_forward_layer_is_ambiguous():
 
 def test_no_checkpoint(tmp_path):
   with pytest.raises(UsageError, match='there is no such directory'):
-    gemma.GemmaSource(tmp_path / 'nothing')
+    OrbaxSource(tmp_path / 'nothing')
   save(tmp_path / 'gemma3-1b-it', flat(google_layers('gemma3', True)))
   (tmp_path / 'tokenizer.model').touch()
   with pytest.raises(UsageError, match=r'no Orbax checkpoint in it, but gemma3-1b-it, tokenizer'):
-    gemma.GemmaSource(tmp_path)
+    OrbaxSource(tmp_path)
   with pytest.raises(UsageError, match=rf'There is one in {tmp_path}/gemma3-1b-it'):
-    gemma.GemmaSource(tmp_path)
+    OrbaxSource(tmp_path)
 
 
 def test_a_broken_checkpoint(tmp_path):
   path = save(tmp_path / 'tiny', flat(google_layers('gemma3', True)))
   (path / 'manifest.ocdbt').write_bytes(b'garbage')
   with pytest.raises(UsageError, match='cannot be read as an Orbax checkpoint'):
-    gemma.GemmaSource(path)
+    OrbaxSource(path)
   path = save(tmp_path / 'another', flat(google_layers('gemma3', True)))
-  source = gemma.GemmaSource(path)
+  source = OrbaxSource(path)
   for file in (path / 'd').iterdir():
     file.write_bytes(b'')
   with pytest.raises(UsageError, match=r'transformer/final_norm/scale cannot be read'):

@@ -24,7 +24,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.decoding.legal import Normalise, legal_log_probs, prefill
+from ilm_jax.decoding.legal import Normalise, legal_log_probs
+from ilm_jax.decoding.prefill import prefill
 from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
 from ilm_jax.modules.attention import Cache, NewTokens, Tokens
@@ -81,11 +82,7 @@ def beam_search(
   batch = embeddings.shape[0]
   beams = min(beam_size, trie.num_items)  # no level of the trie has more nodes
   steps = trie.max_depth - 1  # the last token of an item is not run
-  tokens = trie.token[1:]
-  size = min(tokens.shape[0], lm.config.vocab_size)
-  alphabet = jnp.unique(tokens, size=size, fill_value=jnp.iinfo(jnp.int32).max)
-  column = jnp.searchsorted(alphabet, trie.token)
-  log_probs = legal_log_probs(lm, params, alphabet, normalise)
+  log_probs = legal_log_probs(lm, params, trie.alphabet, normalise)
   allowed = _Allowed(trie, batch, forbidden)
   goes_to = jnp.arange(trie.num_nodes)
   if normalise == 'catalogue':  # where only one text is left, what is missing of it has p = 1
@@ -95,7 +92,7 @@ def beam_search(
   def grow(state: _State, hidden: jax.Array) -> _State:
     """One more token: of all children of all beams, the best W. `hidden` is [B, beams, D]."""
     child, exists = trie.children(state.nodes)
-    scores = state.scores[..., None] + log_probs(hidden, column[child], exists)
+    scores = state.scores[..., None] + log_probs(hidden, trie.column[child], exists)
     scores = jnp.where(exists & allowed.any_below(child), scores, -jnp.inf)
     # A beam that has ended is its own only child.
     ended = trie.is_leaf(state.nodes)[..., None]
@@ -127,7 +124,8 @@ def beam_search(
     grown = grow(state, hidden)
     return grown._replace(cache=state.cache.append(new, after=grown.nodes))
 
-  hidden, cache = prefill(lm, params, embeddings, lengths)
+  hidden, new = prefill(lm, params, embeddings, lengths)
+  cache = lm.init_cache(*embeddings.shape[:2]).append(new)
   root = _State(
     step=jnp.zeros((), jnp.int32),
     nodes=jnp.zeros((batch, 1), jnp.int32),
@@ -190,8 +188,7 @@ def _run(
   run = jax.vmap(of_user, in_axes=(0, 0, 0, users, 0), out_axes=(0, users))
   # Inside, rows are beams: they are not what a mesh splits.
   with nn.logical_axis_rules(()):
-    cached = Tokens(cache.positions, cache.segment_ids)
-    hidden, layers = run(tokens, positions, sees, cache.layers, cached)
+    hidden, layers = run(tokens, positions, sees, cache.layers, cache.tokens)
   # From rows [B, W, N, 1, C] to places of the one row [B, 1, N, W, C].
   layers = jax.tree.map(lambda x: x.swapaxes(-4, -2), layers)
   return hidden, NewTokens(layers, positions, jnp.ones_like(positions))

@@ -30,8 +30,8 @@ from ilm_jax.decoding.legal import (
   Normalise,
   check_normalise,
   legal_log_probs,
-  prefill,
 )
+from ilm_jax.decoding.prefill import prefill
 from ilm_jax.decoding.trie import Trie
 from ilm_jax.modules.attention import Cache
 from ilm_jax.modules.decoder import Decoder
@@ -128,7 +128,8 @@ def catalogue_scores(
   """
   trie, batch = plan.trie, embeddings.shape[0]
   log_probs = legal_log_probs(lm, params, plan.alphabet, plan.normalise)
-  last, cache = prefill(lm, params, embeddings, lengths)
+  last, new = prefill(lm, params, embeddings, lengths)
+  cache = lm.init_cache(*embeddings.shape[:2]).append(new)
   scores = jnp.zeros((batch, trie.num_nodes))  # of the last token, given those before
   root = _root_log_probs(log_probs, plan, last)
   scores = scores.at[:, 1 : 1 + plan.num_root_children].set(root)

@@ -1,7 +1,6 @@
-"""Prompts read by a language model, and log-probabilities of the tokens that may come next.
+"""Log-probabilities of the tokens that may come next in a catalogue.
 
-Letters: B rows, T tokens of a prompt, D model width, V vocabulary, A tokens that a catalogue uses,
-C tokens that may come next.
+Letters: D model width, V vocabulary, A tokens that a catalogue uses, C tokens that may come next.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.models.token_losses import token_nll
-from ilm_jax.modules.attention import Cache
 from ilm_jax.modules.decoder import Decoder
 
 # What the probabilities of next tokens sum to one over: those that the catalogue allows, so that
@@ -31,28 +29,6 @@ def check_normalise(normalise: str) -> None:
   if normalise not in allowed:
     hint = did_you_mean(normalise, allowed)
     raise UsageError(f'normalise={normalise!r}: one of {", ".join(allowed)}.{hint}')
-
-
-def prefill(
-  lm: Decoder, params: Any, embeddings: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, Cache]:
-  """Reads prompts.
-
-  Args:
-    lm: a decoder; `params` its parameters.
-    embeddings: [B, T, D], padded on the right.
-    lengths: [B], tokens of each.
-
-  Returns:
-    Hidden states [B, D] of the last tokens, and a cache of T places, all written.
-  """
-  batch, length = embeddings.shape[:2]
-  segment_ids = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
-  read: Any = lm.apply({'params': params}, embeddings, None, segment_ids)
-  hidden, new = read
-  at = jnp.maximum(lengths - 1, 0)[:, None, None]
-  last = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
-  return last, lm.init_cache(batch, length).append(new)
 
 
 def legal_log_probs(

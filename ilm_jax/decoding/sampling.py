@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ilm_jax.decoding.prefill import prefill
 from ilm_jax.errors import UsageError
 from ilm_jax.modules.attention import Cache, NewTokens
 from ilm_jax.modules.decoder import Decoder
@@ -161,7 +162,7 @@ def generate(
       )
     read = _read_by_encoder(lm, apply, inputs, lengths, max_new_tokens)
   else:
-    read = _read_by_decoder(lm, apply, inputs, lengths, max_new_tokens, cache)
+    read = _read_by_decoder(lm, params, inputs, lengths, max_new_tokens, cache)
 
   def step(tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, NewTokens]:
     hidden, new = read.run(apply('embed_tokens', tokens[:, None]), positions[:, None], cache)
@@ -203,23 +204,20 @@ def _apply(lm: Decoder | T5, params: Any) -> Callable[..., Any]:
 
 def _read_by_decoder(
   lm: Decoder | T5,
-  apply: Callable[..., Any],
+  params: Any,
   inputs: jax.Array,
   lengths: jax.Array,
   max_new_tokens: int,
   cache: Cache | None,
 ) -> _Read:
   batch, length, _ = inputs.shape
-  first = 0 if cache is None else cache.length
-  positions = jnp.broadcast_to(first + jnp.arange(length, dtype=jnp.int32), (batch, length))
-  there = (jnp.arange(length) < lengths[:, None]).astype(jnp.int32)
-  hidden, new = apply('__call__', inputs, positions, there, cache=cache)
+  last, new = prefill(lm, params, inputs, lengths, cache=cache)
   before = lm.init_cache(batch, 0) if cache is None else cache.repeat(batch)
-  at = jnp.maximum(lengths - 1, 0)
+  apply = _apply(lm, params)
   return _Read(
     run=lambda embeddings, positions, cache: apply('__call__', embeddings, positions, cache=cache),
-    last=jnp.take_along_axis(hidden, at[:, None, None], axis=1)[:, 0],
-    positions=first + lengths,
+    last=last,
+    positions=lengths if cache is None else cache.length + lengths,
     cache=before.extended(length + max_new_tokens - 1).append(new),
   )
 

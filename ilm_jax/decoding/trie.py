@@ -35,6 +35,8 @@ class Trie:
     first_item, end_item: [nodes], the items below a node are items[first_item : end_item].
     items: [items], in the order of their tokens.
     leaf: [items], the node of an item's EOS, by item.
+    alphabet: [tokens that items have], ascending.
+    column: [nodes], where a node's token is in the alphabet; of the root 0.
     max_children: of a node.
     max_depth: tokens of an item, EOS included.
   """
@@ -47,6 +49,8 @@ class Trie:
   end_item: jax.Array
   items: jax.Array
   leaf: jax.Array
+  alphabet: jax.Array
+  column: jax.Array
   max_children: int = dataclasses.field(metadata={'static': True})
   max_depth: int = dataclasses.field(metadata={'static': True})
 
@@ -99,6 +103,7 @@ def build_trie(sequences: Sequence[Sequence[int]], eos_id: int) -> Trie:
   num_children = np.bincount(parent[1:], minlength=num_nodes)
   leaf = np.empty(num_items, np.int64)
   leaf[items] = node_of
+  alphabet = np.unique(token[1:])
   return Trie(
     first_child=_int32(np.concatenate([[1], 1 + np.cumsum(num_children)])),
     parent=_int32(parent),
@@ -108,6 +113,8 @@ def build_trie(sequences: Sequence[Sequence[int]], eos_id: int) -> Trie:
     end_item=_int32(end_item),
     items=_int32(items),
     leaf=_int32(leaf),
+    alphabet=_int32(alphabet),
+    column=_int32(np.searchsorted(alphabet, token)),
     max_children=int(num_children.max()),
     max_depth=width,
   )

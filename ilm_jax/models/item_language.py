@@ -48,7 +48,8 @@ class ItemLanguageModel:
     max_targets: int | None = None,
     chunk: int = 256,
   ):
-    """
+    """Puts the parts together; no parameter is made.
+
     Args:
       lm: the language model.
       soft_tokens: item encoder and adaptor; d_model is the language model's.

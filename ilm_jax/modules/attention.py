@@ -25,6 +25,13 @@ class KeyValue(NamedTuple):
   value: jax.Array
 
 
+class Tokens(NamedTuple):
+  """Where tokens stand: `positions` and `segment_ids`, [B, T] int32."""
+
+  positions: jax.Array
+  segment_ids: jax.Array
+
+
 class NewTokens(NamedTuple):
   """Keys and values of tokens that went through the layers, for `Cache.append`."""
 
@@ -54,6 +61,11 @@ class Cache(NamedTuple):
   def capacity(self) -> int:
     """S."""
     return self.positions.shape[1]
+
+  @property
+  def tokens(self) -> Tokens:
+    """Where its tokens stand."""
+    return Tokens(self.positions, self.segment_ids)
 
   def append(self, new: NewTokens, *, after: jax.Array | None = None) -> 'Cache':
     """With T more tokens. There must be room: a full cache would be overwritten at its end.
@@ -126,13 +138,6 @@ def init_cache(
   )
 
 
-class Tokens(NamedTuple):
-  """Where tokens stand: `positions` and `segment_ids`, [B, T] int32."""
-
-  positions: jax.Array
-  segment_ids: jax.Array
-
-
 def tokens_at(
   batch: int, length: int, positions: jax.Array | None, segment_ids: jax.Array | None
 ) -> Tokens:
@@ -183,6 +188,13 @@ def within(queries: Tokens, keys: Tokens, window: int) -> jax.Array:
   """[B, T, S] bool: less than `window` tokens apart. Itself and window - 1 before."""
   apart = queries.positions[:, :, None] - keys.positions[:, None, :]
   return jnp.abs(apart) < window
+
+
+def beside(before: jax.Array, after: jax.Array) -> jax.Array:
+  """What is of cached keys, before what is of new ones: [B or 1, T, S + T']."""
+  rows = max(before.shape[0], after.shape[0])
+  parts = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (before, after)]
+  return jnp.concatenate(parts, axis=-1)
 
 
 def attend(

@@ -243,21 +243,14 @@ def _masks(
   """[B, T, S + T] bool of who sees whom, without and with a window."""
   if mask is None:
     mask = attention.visible(tokens, tokens, prefix_mask=prefix_mask)
-  keys = tokens
   if cache is not None:
-    cached = Tokens(cache.positions, cache.segment_ids)
-    before = attention.visible(tokens, cached)
-    mask = jnp.concatenate([before, jnp.broadcast_to(mask, (before.shape[0], *mask.shape[1:]))], -1)
-    rows = jnp.broadcast_shapes(cached.positions.shape[:1], tokens.positions.shape[:1])
-    keys = Tokens(
-      *(
-        jnp.concatenate([jnp.broadcast_to(a, (*rows, a.shape[1])), b], axis=1)
-        for a, b in zip(cached, tokens)
-      )
-    )
+    mask = attention.beside(attention.visible(tokens, cache.tokens), mask)
   if c.window is None or not any(c.is_local):
     return mask, None
-  return mask, mask & attention.within(tokens, keys, c.window)
+  near = attention.within(tokens, tokens, c.window)
+  if cache is not None:
+    near = attention.beside(attention.within(tokens, cache.tokens, c.window), near)
+  return mask, mask & near
 
 
 class _Layer(nn.Module):

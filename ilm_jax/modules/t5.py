@@ -309,8 +309,9 @@ class T5(nn.Module):
     places = tokens.positions[:1] if same_positions else tokens.positions
     buckets = self._buckets(places, places, bidirectional=False)
     if cache is not None:
-      mask = _beside(attention.visible(tokens, Tokens(cache.positions, cache.segment_ids)), mask)
-      buckets = _beside(self._buckets(places, cache.positions, bidirectional=False), buckets)
+      mask = attention.beside(attention.visible(tokens, cache.tokens), mask)
+      before = self._buckets(places, cache.positions, bidirectional=False)
+      buckets = attention.beside(before, buckets)
     return _Shared(mask, buckets)
 
   def _run_decoder(
@@ -437,10 +438,3 @@ class _Attention(nn.Module):
 
 def _relative_bias(c: T5Config, compute: Compute) -> RelativeBias:
   return RelativeBias(c.num_heads, c.relative_buckets, compute.dtype, name='relative_bias')
-
-
-def _beside(before: jax.Array, after: jax.Array) -> jax.Array:
-  """[B or 1, T, S], [B or 1, T, T] -> [B or 1, T, S + T]."""
-  rows = max(before.shape[0], after.shape[0])
-  parts = [jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (before, after)]
-  return jnp.concatenate(parts, axis=-1)

@@ -23,12 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.checkpoints.lm import huggingface
-from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.checkpoints.lm.load import load_lm
 from ilm_jax.decoding.sampling import SamplingOptions, generate
-from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.layers import Compute
-from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh
 
 SMOLLM2_135M = dict(
   vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -70,23 +67,13 @@ def torch_side(model, dtype: str) -> Side:
 
 
 def our_side(directory: Path, dtype: str, max_new_tokens: int) -> Side:
-  config = huggingface.read_json(directory / 'config.json')
-  lm = Decoder(huggingface.decoder_config(config, str(directory)), COMPUTE[dtype])
-  source = huggingface.SafetensorsSource(directory)
-  recipe, dropped = huggingface.decoder_recipe(lm.config, source.shapes)
-  like = abstract_init(
-    lambda key: lm.init(key, jnp.zeros((1, 2), jnp.int32), method='logits_of')['params'],
-    make_mesh({'data': -1}),
-    DEFAULT_RULES,
-    jax.random.key(0),
-  )
-  params, _ = assemble(source, recipe, like, dropped=dropped)
-  program = jax.jit(functools.partial(generate, lm), static_argnames='max_new_tokens')
+  model = load_lm(str(directory), compute=COMPUTE[dtype])
+  program = jax.jit(functools.partial(generate, model.module), static_argnames='max_new_tokens')
 
   def run(prompts: np.ndarray, new: int) -> np.ndarray:
     lengths = np.full(len(prompts), prompts.shape[1], np.int32)
     options = SamplingOptions(max_new_tokens=new).traced()
-    out = program(params, prompts, lengths, options, max_new_tokens=max_new_tokens)
+    out = program(model.params, prompts, lengths, options, max_new_tokens=max_new_tokens)
     return np.asarray(out.tokens)[:, :new]
 
   return Side('ilm_jax', run)

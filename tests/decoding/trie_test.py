@@ -28,6 +28,8 @@ def test_is_the_set_of_beginnings(texts):
   paths = [tuple(path(trie, node)) for node in range(trie.num_nodes)]
   assert sorted(paths) == sorted(beginnings)
   assert trie.depth.tolist() == [len(p) for p in paths]
+  assert trie.alphabet.tolist() == sorted({t for s in sequences for t in s})
+  assert trie.alphabet[trie.column[1:]].tolist() == trie.token[1:].tolist()
   for node, begin in enumerate(paths):
     below = trie.items[trie.first_item[node] : trie.end_item[node]].tolist()
     assert sorted(below) == [i for i, s in enumerate(sequences) if tuple(s[: len(begin)]) == begin]

@@ -9,15 +9,12 @@ import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ilm_jax.checkpoints.lm import huggingface
-from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.checkpoints.lm.load import load_lm
 from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.layers import Compute
-from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh
 
 pytestmark = pytest.mark.parity
 
@@ -92,18 +89,8 @@ def make_pair(family, directory, compute=Compute()):
 
 
 def load(directory, compute):
-  config = huggingface.read_json(directory / 'config.json')
-  lm = Decoder(huggingface.decoder_config(config, str(directory)), compute)
-  source = huggingface.SafetensorsSource(directory)
-  recipe, dropped = huggingface.decoder_recipe(lm.config, source.shapes)
-  like = abstract_init(
-    lambda key: lm.init(key, jnp.zeros((1, 2), jnp.int32), method='logits_of')['params'],
-    make_mesh({'data': -1}),
-    DEFAULT_RULES,
-    jax.random.key(0),
-  )
-  params, _ = assemble(source, recipe, like, dropped=dropped)
-  return lm, {'params': params}
+  model = load_lm(str(directory), compute=compute)
+  return model.module, {'params': model.params}
 
 
 @pytest.fixture(scope='module', params=FAMILIES)

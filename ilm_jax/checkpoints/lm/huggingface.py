@@ -87,7 +87,7 @@ def decoder_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
   """
   # A multimodal Gemma 3 has its language model's configuration inside its own.
   config = {**config, **config['text_config']} if 'text_config' in config else config
-  get = _Getter(config, where)
+  get = Getter(config, where)
   family = get('model_type')
   if family not in _FAMILIES:
     raise UsageError(
@@ -119,7 +119,7 @@ def decoder_config(config: Mapping[str, Any], where: str) -> DecoderConfig:
   return DecoderConfig(**common, **_FAMILIES[family](get, by_kind.get('sliding_attention', {})))
 
 
-class _Getter:
+class Getter:
   """Looks up keys of a config.json; those without a default must be there."""
 
   def __init__(self, config: Mapping[str, Any], where: str):
@@ -132,7 +132,7 @@ class _Getter:
     return self.config.get(key, *default)
 
 
-def _activation(get: _Getter) -> str:
+def _activation(get: Getter) -> str:
   name = get('hidden_activation', None) or get('hidden_act', 'silu')
   # Gemma 1 says 'gelu' and has always computed the approximation.
   known = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu', 'gelu': 'gelu'}
@@ -157,12 +157,12 @@ def _rope_scaling(scaling: Mapping[str, Any], where: str) -> tuple[float, RopeSc
   raise UsageError(f"{where}: rope type {kind!r}; allowed: 'default', 'linear', 'llama3'.")
 
 
-def _gemma(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   del local_rope
   return dict(scale_embeddings=True, tied_head=get('tie_word_embeddings', True))
 
 
-def _gemma2(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma2(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   return dict(
     **_gemma(get, local_rope),
     post_norms=True,
@@ -173,7 +173,7 @@ def _gemma2(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   )
 
 
-def _gemma3(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _gemma3(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   base = local_rope.get('rope_theta', get('rope_local_base_freq', 10_000.0))
   pattern = get('sliding_window_pattern', None) or get('_sliding_window_pattern', 6)
   return dict(
@@ -188,7 +188,7 @@ def _gemma3(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   )
 
 
-def _windows(get: _Getter, global_every: int) -> dict[str, Any]:
+def _windows(get: Getter, global_every: int) -> dict[str, Any]:
   kinds = get('layer_types', None)
   if kinds is not None:
     full = [i for i, kind in enumerate(kinds) if kind == 'full_attention']
@@ -201,7 +201,7 @@ def _windows(get: _Getter, global_every: int) -> dict[str, Any]:
   return dict(window=get('sliding_window'), global_every=global_every)
 
 
-def _llama(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _llama(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   del local_rope
   for key in ('attention_bias', 'mlp_bias'):
     if get(key, False):
@@ -209,23 +209,23 @@ def _llama(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   return dict(tied_head=get('tie_word_embeddings', False))
 
 
-def _qwen2(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen2(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   del local_rope
   _no_window(get)
   return dict(tied_head=get('tie_word_embeddings', False), qkv_bias=True)
 
 
-def _qwen3(get: _Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
+def _qwen3(get: Getter, local_rope: Mapping[str, Any]) -> dict[str, Any]:
   _no_window(get)
   return dict(**_llama(get, local_rope), qk_norm=True)
 
 
-def _no_window(get: _Getter) -> None:
+def _no_window(get: Getter) -> None:
   if get('use_sliding_window', False):
     raise UsageError(f'{get.where}: use_sliding_window=True; allowed for a Qwen: False.')
 
 
-_FAMILIES: Mapping[str, Callable[[_Getter, Mapping[str, Any]], dict[str, Any]]] = {
+_FAMILIES: Mapping[str, Callable[[Getter, Mapping[str, Any]], dict[str, Any]]] = {
   'gemma': _gemma,
   'gemma2': _gemma2,
   'gemma3': _gemma3,

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ilm_jax.checkpoints.lm.assemble import Leaf, Recipe
+from ilm_jax.checkpoints.lm.huggingface import Getter
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.t5 import T5Config
 
@@ -41,13 +42,7 @@ def huggingface_config(config: Mapping[str, Any], where: str) -> T5Config:
     UsageError: a key is missing, or the model computes something else, as the first T5 does, whose
       feed-forward layers have no gate.
   """
-
-  def get(key: str, *default: Any) -> Any:
-    if key not in config and not default:
-      hint = did_you_mean(key, config)
-      raise UsageError(f'{where}: no {key!r} in config.json, which a T5 needs.{hint}')
-    return config.get(key, *default)
-
+  get = Getter(config, where)
   family = get('model_type')
   if family not in FAMILIES:
     hint = did_you_mean(str(family), FAMILIES)

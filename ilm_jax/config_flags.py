@@ -4,9 +4,10 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ilm_jax import config
+from ilm_jax import config, config_files
 from ilm_jax.config_types import describe, is_dict, parameters_of
 from ilm_jax.errors import UsageError, did_you_mean
 
@@ -52,7 +53,6 @@ def run(
   argv: Sequence[str],
   *,
   other_commands: Iterable[str] = (),
-  output_dir_argument: str | None = None,
 ) -> Any:
   """Runs one command and returns what `function` returns.
 
@@ -62,10 +62,6 @@ def run(
     function: a top-level function with annotated, keyword-only parameters.
     argv: the words after the command's name.
     other_commands: see `config.parse`.
-    output_dir_argument: the parameter that holds the run directory. The configuration is saved in
-      it BEFORE the call, so that a run that fails can be explained. None saves nothing: for a
-      command whose directory must not exist until it is complete (`ilm prepare`), take
-      `parse_argv`, call, then save.
 
   Raises:
     UsageError: as `parse_argv`; and whatever `function` raises.
@@ -74,9 +70,83 @@ def run(
   if print_config:
     print(parsed.operative_text, end='')
     return None
-  if output_dir_argument and parsed.arguments[output_dir_argument] is not None:
-    parsed.save(parsed.arguments[output_dir_argument])
   return parsed.call()
+
+
+def run_about(
+  function: Callable[..., Any],
+  subject: Callable[..., Any],
+  argv: Sequence[str],
+  *,
+  placeholders: Sequence[str] = (),
+  other_commands: Iterable[str] = (),
+) -> Any:
+  """Runs a command that is about what another command would do, and returns what it returns.
+
+  `function` has a parameter by the name of `subject`, which gets the arguments of that one, from
+  the same gin files. Flags are those of both: a flag of `function` is its own, every other one the
+  subject's.
+
+  Args:
+    function, argv, other_commands: as of `run`.
+    subject: the other command.
+    placeholders: parameters of the subject that `function` does not use; where they are not given,
+      they are not asked for.
+
+  Raises:
+    UsageError: as `parse_argv`; and whatever `function` raises.
+  """
+  own, others = _split(function, subject, argv)
+  own_config, print_own = parse_argv(function, own, other_commands=other_commands)
+  declared = _macros(others)
+  for name in placeholders:
+    macro = name.upper()
+    given = (f'--{name}=', f'--gin.{macro}=', f'--gin.{subject.__name__}.{name}=')
+    if not any(word.startswith(given) for word in others):
+      others = [f'--gin.{macro}=-' if macro in declared else f'--{name}=-', *others]
+  about, print_config = parse_argv(subject, others, other_commands=other_commands)
+  if print_config or print_own:
+    print(own_config.operative_text + about.operative_text, end='')
+    return None
+  arguments = {**own_config.arguments, subject.__name__: dict(about.arguments)}
+  return function(**arguments)
+
+
+def _macros(argv: Sequence[str]) -> set[str]:
+  """Macros that the gin files of a command line set, in the files that they include, too."""
+  found: set[str] = set()
+  words = [word.partition('=') for word in argv]
+  folders = [Path(x) for flag, _, paths in words if flag == '--gin_search_paths'
+             for x in paths.split(',')]  # fmt: skip
+  folders.append(config_files.gin_root())
+  names = [name for flag, _, name in words if flag == '--gin_file']
+  while names:
+    text = config_files.find(names.pop(), folders, '--gin_file').read_text()
+    found.update(re.findall(r'^(\w+) *=', text, re.MULTILINE))
+    names += re.findall(r"^include +['\"](.*?)['\"]", text, re.MULTILINE)
+  return found
+
+
+def _split(
+  function: Callable[..., Any], subject: Callable[..., Any], argv: Sequence[str]
+) -> tuple[list[str], list[str]]:
+  """The words of `function`, and those of `subject`; gin files are of both."""
+  mine = {name for name in parameters_of(function) if name != subject.__name__}
+  own: list[str] = []
+  others: list[str] = []
+  to: tuple[list[str], ...] = (own,)
+  for word in argv:
+    if word.startswith('-'):  # else it is the value of the flag before
+      name = word.removeprefix('--').partition('=')[0]
+      if name in ('gin_file', 'gin_search_paths', 'print_config'):
+        to = own, others
+      elif name.startswith(f'gin.{function.__name__}.') or word in ('--help', '-h'):
+        to = (own,)
+      else:
+        to = (own if name.partition('.')[0] in mine else others,)
+    for words in to:
+      words.append(word)
+  return own, others
 
 
 def _declared(word: str, function: Callable[..., Any], dicts: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """The `ilm` command: `ilm COMMAND --flag=value ...`. Each command is one function of one module."""
 
+import contextlib
 import importlib
 import os
 import sys
@@ -15,15 +16,22 @@ from ilm_jax.quiet import import_tensorflow
 COMMANDS = {
   'prepare': 'make a prepared data set: splits, ids, statistics, entity table, rankers',
   'embed': 'make or import another entity table for a prepared data set',
-  'train': 'train the item encoder (phase 1)',
+  'train': 'train the item encoder (phase 1), or it with a language model (phase 2)',
+  'evaluate': 'measure a run of phase 2: rankings, texts, controls, intervals',
+  'recommend': 'rank items for users, histories and prompts: JSON lines, or a dialogue',
+  'demo': 'all of it on real data, from interactions to a report',
+  'compile': 'compile a training job for a TPU topology, without a TPU: memory, speed, collectives',
   'complete': 'let a language model, by name or path, go on from a prompt',
 }
 
 # Commands whose module imports TensorFlow; the others do so when they need it.
-_IMPORTS_TENSORFLOW = ('train',)
+_IMPORTS_TENSORFLOW = ('train', 'evaluate', 'recommend', 'compile')
 
-# Commands that go on in the directory of this parameter, and so save their configuration first.
-_RUN_DIRECTORY = {'train': 'model_dir'}
+# Commands about what another one would do, and what of that one's settings does not matter.
+_ABOUT = {'compile': ('train', ('model_dir', 'data'))}
+
+# Commands that several processes can run together.
+_MULTIPROCESS = ('train', 'evaluate')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   Returns:
     The exit status: 0; 2 for a mistake in what the user gave, which is told without a traceback;
-    130 after Ctrl-C. Everything else that goes wrong is raised.
+    130 after Ctrl-C; 141 where nobody reads on. Everything else that goes wrong is raised.
   """
   argv = list(sys.argv[1:] if argv is None else argv)
   # A console script has its own folder on the path; the user's modules are where the user is.
@@ -52,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt:
     print('ilm: interrupted', file=sys.stderr)
     return 130
+  except BrokenPipeError:  # `ilm recommend ... | head`
+    # What is left in the buffer has no reader either; Python would complain of it at the end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141  # as of a program that SIGPIPE ends
 
 
 def _run(argv: list[str]) -> int:
@@ -72,12 +84,22 @@ def _run(argv: list[str]) -> int:
   function = getattr(importlib.import_module(f'ilm_jax.{command}'), command)
   from ilm_jax import config_flags
 
-  config_flags.run(
-    function,
-    argv[1:],
-    other_commands=COMMANDS,
-    output_dir_argument=_RUN_DIRECTORY.get(command),
-  )
+  words, joined = argv[1:], contextlib.nullcontext()
+  if command in _MULTIPROCESS:
+    from ilm_jax import processes
+
+    cluster, words = processes.take_flags(words)
+    if not {'--help', '-h', '--print_config'} & set(words):
+      joined = processes.joined(cluster, stops_on_sigterm=command == 'train')
+  if command in _ABOUT:
+    name, placeholders = _ABOUT[command]
+    subject = getattr(importlib.import_module(f'ilm_jax.{name}'), name)
+    config_flags.run_about(
+      function, subject, words, placeholders=placeholders, other_commands=COMMANDS
+    )
+    return 0
+  with joined:
+    config_flags.run(function, words, other_commands=COMMANDS)
   return 0
 
 
@@ -88,7 +110,8 @@ def _help() -> str:
     'usage: ilm COMMAND [--FLAG=VALUE ...] [--gin_file=FILE ...] [--gin.NAME=VALUE ...]\n\n'
     'Item-Language Models in JAX: recommendation through a frozen language model.\n\n'
     f'Commands:\n{commands}\n\n'
-    '`ilm COMMAND --help` tells its flags; `ilm --version` the version.'
+    '`ilm COMMAND --help` tells its flags; `ilm --version` the version.\n'
+    f'On several hosts: --multiprocess, on each ({", ".join(_MULTIPROCESS)}).'
   )
 
 

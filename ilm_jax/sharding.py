@@ -17,6 +17,7 @@ each to a mesh axis, along which it is split, or to None: whole on every device.
 import contextlib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -49,9 +50,9 @@ DEFAULT_RULES: Rules = (
   ('layers', None),
   ('queries', None),
   ('cf', None),
-  # The entity table is looked up by id in every step, its rows divide by nothing in particular, and
-  # ten million of 32 floats are 1.3 GB: replicated.
-  ('entities', None),
+  # Rows of the entity table. It is looked up by id, for which only ids and the rows that were found
+  # travel: every device looks among its own rows, and the sum over devices is the answer.
+  ('entities', MESH_AXES),
 )
 KNOWN_AXES = tuple(axis for axis, _ in DEFAULT_RULES)
 
@@ -212,8 +213,23 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def place_constants(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-  """The arrays of a tree on the devices, with `shardings_of`; unboxed values are returned."""
-  return jax.device_put(_unbox(boxed), shardings_of(boxed, mesh, rules))
+  """The arrays of a tree on the devices, with `shardings_of`; unboxed values are returned.
+
+  What lies on the mesh already stays where it is.
+  """
+
+  def place(x: Any, sharding: NamedSharding) -> Any:
+    there = x.sharding if isinstance(x, jax.Array) else None
+    stays = isinstance(there, NamedSharding) and there.mesh == mesh
+    return x if stays else jax.device_put(x, sharding)
+
+  return jax.tree.map(place, _unbox(boxed), shardings_of(boxed, mesh, rules))
+
+
+def pad_rows(x: np.ndarray, axis: str, mesh: Mesh, rules: Rules) -> np.ndarray:
+  """Rows [n, ...] and zeros after them, as many as it takes to split logical axis `axis` evenly."""
+  parts = math.prod(mesh.shape[name] for name in _names(dict(rules).get(axis)))
+  return np.pad(x, [(0, -len(x) % parts), *[(0, 0)] * (x.ndim - 1)])
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
@@ -224,6 +240,10 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def fetch(tree: Any) -> Any:
   """The global arrays of a tree as NumPy arrays, whole on every process; all must call it."""
 
+  for x in jax.tree.leaves(tree):
+    if x.is_fully_addressable or x.is_fully_replicated:
+      x.copy_to_host_async()  # all of them under way before one is waited for
+
   def whole(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable or x.is_fully_replicated:
       return np.asarray(x)
@@ -233,18 +253,25 @@ def fetch(tree: Any) -> Any:
 
 
 def parameter_table(params: Any, frozen: Any = None) -> str:
-  """Shape, dtype, sharding and size of every parameter (array or shape, sharded), and totals."""
+  """Shape, dtype, sharding and size of every parameter (array or shape, sharded), and totals.
+
+  Layers that are alike share a row: 'lm/layers_*/mlp/out/kernel  30 x [1536, 576]'.
+  """
   rows = [['parameter', 'shape', 'dtype', 'sharding', 'MB', 'MB per device']]
   totals = []
   for kind, tree in (('trained', params), ('frozen', frozen)):
-    sums = np.zeros(3)
+    alike: dict[tuple[str, ...], np.ndarray] = {}
     for path, x in tree_leaves_with_path(tree):
       local = math.prod(x.sharding.shard_shape(x.shape))
-      sizes = [size * x.dtype.itemsize / 1e6 for size in (x.size, local)]
-      sums += [x.size, *sizes]
       spec = ', '.join('+'.join(_names(target)) or '-' for target in x.sharding.spec)
-      cells = [_path(path), list(x.shape), x.dtype, f'[{spec}]', *(f'{s:,.3f}' for s in sizes)]
-      rows.append([str(cell) for cell in cells])
+      name = re.sub(r'(?<=/layers)([_/])\d+(?=/)', r'\1*', '/' + _path(path))[1:]
+      cells = name, str(list(x.shape)), str(x.dtype), f'[{spec}]'
+      sizes = [size * x.dtype.itemsize / 1e6 for size in (x.size, local)]
+      alike[cells] = alike.get(cells, np.zeros(4)) + [1, x.size, *sizes]
+    for (name, shape, *cells), (count, _, *sizes) in alike.items():
+      many = f'{count:.0f} x ' if count > 1 else ''
+      rows.append([name, many + shape, *cells, *(f'{s:,.3f}' for s in sizes)])
+    sums = sum((row[1:] for row in alike.values()), np.zeros(3))
     totals.append('{}: {:,.0f} parameters, {:,.1f} MB, {:,.1f} MB per device'.format(kind, *sums))
   widths = [max(map(len, column)) for column in zip(*rows)]
   lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]

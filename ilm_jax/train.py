@@ -8,12 +8,10 @@ MODEL_DIR/
 """
 
 import functools
-import signal
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import flax.struct
 import jax
@@ -22,12 +20,14 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from ilm_jax import flops, sharding
+from ilm_jax import config_files, flops, sharding
 from ilm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointManager, restore_params
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.metric_log import MetricLog, Profile
-from ilm_jax.phases.phase import InputOptions, Phase, check_sources
+from ilm_jax.phases.phase import InputOptions, Phase, all_positions, batch_part, check_sources
+from ilm_jax.phases.settings import PhaseSettings
 from ilm_jax.plugins import import_modules
+from ilm_jax.processes import StopSignals, one_run
 from ilm_jax.progress import Progress
 
 # Parameters by these names are matrices or tables: weight decay is for them alone.
@@ -54,18 +54,20 @@ def train(
   *,
   model_dir: Path,
   data: Path,
-  model: Literal['item_text'] = 'item_text',
+  model: Literal['item_text', 'item_language'] = 'item_text',
   schedule: Sequence[str] = ('item_text',),
   total_steps: int,
   batch_size: int | dict[str, int] = 64,
   item_encoder: dict[str, Any] | None = None,
   losses: dict[str, Any] | None = None,
   text: dict[str, Any] | None = None,
+  lm: dict[str, Any] | None = None,
   entity_table: Path | None = None,
   modules: str | Sequence[str] = (),
   restore_from: str | None = None,
   learning_rate: float = 1e-4,
   final_learning_rate: float = 0.0,
+  item_encoder_rate: float = 1.0,
   warmup_steps: int = 100,
   weight_decay: float = 0.05,
   adam_b1: float = 0.9,
@@ -80,29 +82,40 @@ def train(
   profile_steps: int = 0,
   mesh: dict[str, int] | None = None,
   sharding_rules: dict[str, Any] | None = None,
+  input_shards: int | None = None,
   seed: int = 0,
 ) -> dict[str, float]:
   """Trains a phase, or goes on where MODEL_DIR has got to.
 
     ilm train --gin_file=jobs/phase1_ml100k.gin --gin.MODEL_DIR=runs/phase1
 
+  On several hosts, the same on each with --multiprocess (see `ilm_jax.processes`).
+
   Args:
     model_dir: checkpoints, metrics and configuration; a run that stopped goes on from its latest
       checkpoint.
     data: a directory that `ilm prepare` made.
-    model: what is trained: 'item_text' is phase 1.
+    model: what is trained: 'item_text' is phase 1, 'item_language' phase 2.
     schedule: batch sources, taken in turn, over and over. Phase 1 has item_text (ITC, ITM, ITG),
-      item_item (II) and user_item (UI).
+      item_item (II) and user_item (UI); phase 2 has item_sequence (the readout) and every SeqIO
+      task or mixture of prompts.
     total_steps: steps of the whole run, restarts included.
     batch_size: rows of a global batch: one number, or one for each source of the schedule.
-    item_encoder: size, init_from and what else `ilm_jax.modules.qformer.QFormerConfig` has.
-    losses: fields of `ilm_jax.models.item_text.ItemTextConfig`.
-    text: fields of `ilm_jax.phases.item_text.ItemTextData`.
+    item_encoder: size, init_from and what else `ilm_jax.modules.qformer.QFormerConfig` has. In
+      phase 2 init_from is a run of phase 1, and kind is 'qformer', 'mlp' or 'none'.
+    losses: fields of `ilm_jax.models.item_text.ItemTextConfig`, in phase 2 of
+      `ilm_jax.models.item_language.ItemLanguageConfig`.
+    text: fields of `ilm_jax.phases.item_text.ItemTextData`, in phase 2 of
+      `ilm_jax.phases.item_language_options.ItemLanguageData`.
+    lm: phase 2's language model, fields of
+      `ilm_jax.phases.item_language_options.LmOptions`.
     entity_table: another table than the data set's own (`ilm embed`).
     modules: Python modules to import first: a list, or 'one,two'.
     restore_from: a run or a checkpoint whose parameters a new run begins with.
     learning_rate: the highest, after a linear warm-up; a cosine leads to final_learning_rate.
     final_learning_rate: at total_steps.
+    item_encoder_rate: of phase 2: the item encoder's learning rate is so many times the others'.
+      An encoder from phase 1 does not stand the rates at which an adaptor is learned in minutes.
     warmup_steps: of the learning rate; at most half of total_steps.
     weight_decay: AdamW's, of matrices and tables only.
     adam_b1: decay of the mean of gradients.
@@ -118,13 +131,16 @@ def train(
     profile_steps: trace so many early steps for XProf.
     mesh: {'data': -1, 'fsdp': 1, 'tensor': 1}: sizes, -1 is the rest of the devices.
     sharding_rules: changes of `ilm_jax.sharding.DEFAULT_RULES`: {'embed': None}.
+    input_shards: parts of a packed batch, of which every process reads some: a multiple of all
+      numbers of processes that the run may see; by default as many as begin it.
     seed: of the initial parameters, the order of the examples, dropout and negatives.
 
   Returns:
     The metrics of the last evaluation.
 
   Raises:
-    UsageError: a setting is wrong, or MODEL_DIR belongs to another model or data set.
+    UsageError: a setting is wrong, MODEL_DIR belongs to another model or data set, or another run
+      is at work there.
     FloatingPointError: a value is no longer finite; the message says where it began.
   """
   counts = {'total_steps': total_steps, 'accumulate_steps': accumulate_steps}
@@ -137,29 +153,30 @@ def train(
       f'eval_every={eval_every} is not a multiple of save_every={save_every}: what is evaluated is'
       ' saved, so that the best can be kept.'
     )
+  if item_encoder_rate != 1 and model != 'item_language':
+    raise UsageError(f'train.item_encoder_rate={item_encoder_rate} is for phase 2 alone.')
   import_modules(modules)
   model_dir, schedule = model_dir.expanduser(), tuple(schedule)
-  sizes = _batch_sizes(batch_size, schedule, accumulate_steps)
-  inputs = InputOptions(data.expanduser(), entity_table, sizes, seed)
+  sizes = batch_sizes(batch_size, schedule, accumulate_steps)
+  devices = sharding.make_mesh(mesh or {'data': -1})
+  rules = tuple((dict(sharding.DEFAULT_RULES) | (sharding_rules or {})).items())
+  inputs = InputOptions(data.expanduser(), entity_table, sizes, seed, devices, rules, input_shards)
 
   # ---------------------------------------------------------------- the phase and its devices
-  phase = _make_phase(
-    model, inputs, item_encoder=item_encoder or {}, losses=losses or {}, text=text or {}
-  )
+  options = {'item_encoder': item_encoder, 'losses': losses, 'text': text, 'lm': lm}
+  settings = PhaseSettings(model, {name: x for name, x in options.items() if x is not None})
+  phase = settings.make(inputs)
   check_sources(schedule, phase.sources())
-  devices = sharding.make_mesh(mesh or {'data': -1})
   peak, _ = flops.peak_flops(devices.devices.flat[0])
-  rules = tuple((dict(sharding.DEFAULT_RULES) | (sharding_rules or {})).items())
   learning_rates = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup_steps, total_steps // 2), total_steps, final_learning_rate
   )
-  optimizer = optax.chain(
-    optax.clip_by_global_norm(clip_norm),
-    optax.adamw(
-      learning_rates, b1=adam_b1, b2=adam_b2, weight_decay=weight_decay, mask=_is_decayed
-    ),
-  )
+  optimizer = make_optimizer(
+    learning_rates, clip_norm, b1=adam_b1, b2=adam_b2, weight_decay=weight_decay,
+    item_encoder_rate=item_encoder_rate,
+  )  # fmt: skip
   with (
+    one_run(model_dir),
     sharding.use_mesh(devices, rules),
     CheckpointManager(
       model_dir / CHECKPOINTS_DIR,
@@ -170,10 +187,14 @@ def train(
       best_mode=phase.best_mode,
     ) as checkpoints,
   ):
+    settings.save(model_dir, inputs)  # not of a run that was refused
+    if (running := config_files.running()) and jax.process_index() == 0:
+      running.save(model_dir)
+
     # -------------------------------------------------- the state: latest -> path -> scratch
     key = jax.random.key(seed)
     positions: Mapping[str, Any] = {}
-    like = _abstract_state(phase, optimizer, devices, rules)
+    like = abstract_state(phase, optimizer, devices, rules)
     if checkpoints.latest_step() is not None:
       start, state, positions = checkpoints.restore(like)
       done = ': nothing is left to do' if start >= total_steps else ''
@@ -193,16 +214,13 @@ def train(
       _say(sharding.parameter_table(state.params, frozen))
 
     # ---------------------------------------------------------------------- one step of training
-    step_of = functools.partial(
-      _train_step, phase=phase, optimizer=optimizer, parts=accumulate_steps
-    )
-    train_step = jax.jit(step_of, static_argnames='source', donate_argnums=0)
+    train_step = jit_step(phase, optimizer, accumulate_steps)
     leaves = list(traverse_util.flatten_dict(state.params, sep='/'))
     readers = {
       source: phase.reader(source, _taken(schedule, source, start), _position(positions, source))
       for source in dict.fromkeys(schedule)
     }
-    window = _Window(phase, leaves, peak * devices.size)
+    window = _Window(phase, leaves, peak * devices.size, parts=batch_part(devices)[1])
     results: dict[str, float] = {}
 
     # ---------------------------------------------------------------------------------- the loop
@@ -210,7 +228,7 @@ def train(
       MetricLog(model_dir, start_step=start) as log,
       Progress(total_steps, start, model) as progress,
       Profile(model_dir, start + _PROFILE_AFTER, profile_steps) as profile,
-      _StopSignals() as stop,
+      StopSignals() as stop,
     ):
       for step in range(start + 1, total_steps + 1):
         source = schedule[(step - 1) % len(schedule)]
@@ -222,7 +240,7 @@ def train(
           window.add(step, source, rows, metrics, state.params, frozen)
         progress.step(step)
 
-        stopping = bool(stop)  # asked once a step: a signal may come at any line
+        stopping = stop.asked(step)  # once a step: a signal may come at any line
         evaluating = step % eval_every == 0 or step == total_steps
         saving = step % save_every == 0 or step == total_steps or stopping
         if step % log_every == 0 or evaluating or saving:
@@ -247,7 +265,7 @@ def train(
             progress.note(f'step {step:,}, validation: {"  ".join(shown)}')
         if saving:
           with progress.paused():
-            where = {name: _all_positions(reader) for name, reader in readers.items()}
+            where = {name: all_positions(reader, devices) for name, reader in readers.items()}
             checkpoints.save(step, state, position=where, metrics=found)
         if stopping and step < total_steps:
           progress.note(f'{stop}: saved step {step:,} in {model_dir}; run again to go on')
@@ -257,16 +275,42 @@ def train(
   return results
 
 
-def _make_phase(model: str, inputs: InputOptions, **options: Any) -> Phase:
-  """Imports only the phase that is asked for."""
-  if model == 'item_text':
-    from ilm_jax.phases.item_text import ItemTextPhase
+class Trained(Protocol):
+  """What a step knows of a phase; `ilm compile` has no more of it."""
 
-    return ItemTextPhase(inputs, **options)
-  raise UsageError(f"train.model={model!r}: 'item_text' is what there is.")
+  def init(self, key: jax.Array) -> Any: ...
+
+  def loss(
+    self, params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, source: str
+  ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
 
 
-def _abstract_state(phase: Phase, optimizer: Any, mesh: Any, rules: Any) -> TrainState:
+def make_optimizer(
+  learning_rates: Any,
+  clip_norm: float,
+  *,
+  b1: float,
+  b2: float,
+  weight_decay: float,
+  item_encoder_rate: float = 1.0,
+) -> optax.GradientTransformation:
+  """AdamW behind a clipped gradient; what it does to 'item_encoder' times item_encoder_rate."""
+  parts = [
+    optax.clip_by_global_norm(clip_norm),
+    optax.adamw(learning_rates, b1=b1, b2=b2, weight_decay=weight_decay, mask=_is_decayed),
+  ]
+  if item_encoder_rate != 1:
+    parts.append(optax.masked(optax.scale(item_encoder_rate), _is_of_item_encoder))
+  return optax.chain(*parts)
+
+
+def jit_step(phase: Trained, optimizer: optax.GradientTransformation, parts: int) -> Any:
+  """(state, frozen, batch, key, source=...) -> (state, metrics), the old state given up for it."""
+  step_of = functools.partial(_train_step, phase=phase, optimizer=optimizer, parts=parts)
+  return jax.jit(step_of, static_argnames='source', donate_argnums=0)
+
+
+def abstract_state(phase: Trained, optimizer: Any, mesh: Any, rules: Any) -> TrainState:
   """Shapes and shardings of the state, nothing computed."""
   params = sharding.abstract_init(phase.init, mesh, rules, jax.random.key(0))
   opt_state = jax.eval_shape(optimizer.init, params)
@@ -286,7 +330,7 @@ def _train_step(
   key: jax.Array,
   *,
   source: str,
-  phase: Phase,
+  phase: Trained,
   optimizer: optax.GradientTransformation,
   parts: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -308,13 +352,18 @@ def _train_step(
 
     each = _split(batch, parts), jax.random.split(key, parts)
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _mean_dtype(x.dtype)), shapes)
     (gradients, metrics), _ = jax.lax.scan(add, zeros, each)
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   norms = [jnp.linalg.norm(x) for x in traverse_util.flatten_dict(gradients).values()]
   metrics |= {'gradient_norm': optax.global_norm(gradients), 'gradient_norms': jnp.stack(norms)}
   return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _mean_dtype(dtype: Any) -> Any:
+  """Of counts, too, a mean is taken."""
+  return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
 
 
 def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
@@ -329,10 +378,14 @@ def _is_decayed(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
 
 
+def _is_of_item_encoder(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == 'item_encoder', params)
+
+
 class _Window:
   """What the steps since the last log have given, left on the device until it is asked for."""
 
-  def __init__(self, phase: Phase, leaves: Sequence[str], peak: float):
+  def __init__(self, phase: Phase, leaves: Sequence[str], peak: float, parts: int):
     self._phase = phase
     self._leaves = leaves
     self._steps: list[tuple[int, str, dict[str, jax.Array]]] = []
@@ -340,13 +393,14 @@ class _Window:
     self._flops: dict[str, int] = {}
     self._mean_flops = 0.0  # of the steps that were fetched last
     self._peak = peak
+    self._parts = parts  # of a batch, one of which is here
 
   def add(self, step, source, rows, metrics, params, frozen) -> None:
     self._steps.append((step, source, metrics))
     for name, count in self._phase.count(source, rows).items():
-      self._counts[name] = self._counts.get(name, 0) + count * jax.process_count()
+      self._counts[name] = self._counts.get(name, 0) + count * self._parts
     if source not in self._flops:
-      self._flops[source] = self._phase.flops(params, frozen, rows, source) * jax.process_count()
+      self._flops[source] = self._phase.flops(params, frozen, rows, source) * self._parts
 
   def fetch(self) -> tuple[dict[str, float], dict[str, int]]:
     """Means of the metrics, and sums of what was counted; the window is empty afterwards.
@@ -356,7 +410,7 @@ class _Window:
     """
     values: dict[str, list[float]] = {}
     for step, source, metrics in self._steps:
-      fetched = jax.device_get(metrics)
+      fetched = sharding.fetch(metrics)
       norms = fetched.pop('gradient_norms')
       self._check_finite(step, source, fetched, norms)
       for name, value in fetched.items():
@@ -382,63 +436,17 @@ class _Window:
       )
 
 
-class _StopSignals:
-  """SIGTERM or Ctrl-C asks for a stop after the step under way; a second Ctrl-C stops at once."""
-
-  def __init__(self):
-    self._signal: int | None = None
-    self._before: dict[int, Any] = {}
-
-  def __bool__(self) -> bool:
-    return self._signal is not None
-
-  def __str__(self) -> str:
-    return signal.Signals(self._signal).name if self._signal else ''
-
-  @property
-  def interrupted(self) -> bool:
-    return self._signal == signal.SIGINT
-
-  def __enter__(self) -> '_StopSignals':
-    # Python lets only the main thread set handlers; a test or a notebook may be in another.
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._before[number] = signal.signal(number, self._note)
-    return self
-
-  def __exit__(self, *_: Any) -> None:
-    for number, handler in self._before.items():
-      signal.signal(number, handler)
-
-  def _note(self, number: int, _: Any) -> None:
-    self._signal = number
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def _taken(schedule: Sequence[str], source: str, steps: int) -> int:
   """How many batches of a source the first `steps` steps take."""
   whole, rest = divmod(steps, len(schedule))
   return whole * schedule.count(source) + schedule[:rest].count(source)
 
 
-def _all_positions(reader: Any) -> list[list[int]]:
-  """[all shards, 2], of all processes."""
-  local = reader.position()
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
-
-    local = multihost_utils.process_allgather(local, tiled=True)
-  return local.tolist()
-
-
 def _position(positions: Mapping[str, Any], source: str) -> np.ndarray | None:
-  """This process's part of what `_all_positions` gave."""
-  if source not in positions:
-    return None
-  return np.split(np.asarray(positions[source], np.int64), jax.process_count())[jax.process_index()]
+  return np.asarray(positions[source], np.int64) if source in positions else None
 
 
-def _batch_sizes(
+def batch_sizes(
   batch_size: int | dict[str, int], schedule: Sequence[str], parts: int
 ) -> dict[str, int]:
   """Rows of a global batch of each source of the schedule."""

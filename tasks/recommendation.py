@@ -3,10 +3,13 @@
 Phase 1, `register_item_language_tasks`: tasks `<name>_item_text`, `<name>_item_item` and
 `<name>_user_item`; mixtures `<name>_it`, `<name>_it_ii` and `<name>_it_ui`.
 
+Phase 2, `register_history_task`: `<name>_item_sequence`, for the readout.
+
 Phase 2, `register_recommendation_tasks`: for the forms `title` and `id`, tasks
 `<name>_sequential_seen_<form>`, `..._sequential_unseen_...`, `..._straightforward_seen_...`,
 `..._straightforward_unseen_...`, `..._rating_seen_...`, `..._item_description_seen_...` and so on;
-mixtures `<name>_openp5_<form>` (sequential, straightforward) and `<name>_multitask_<form>` (all).
+mixtures `<name>_openp5_<form>` (sequential, straightforward), `<name>_items_<form>` (about items)
+and `<name>_multitask_<form>` (all). A task of a template file by any other name is about an item.
 
 A domain adds a task of its own with `add_prompt_task` (docs/add_a_domain.md). Registering twice is
 harmless: the same settings change nothing, other settings replace the task.
@@ -15,8 +18,9 @@ harmless: the same settings change nothing, other settings replace the task.
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -25,6 +29,7 @@ from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.data.rendering import Renderer
 from ilm_jax.data.sources import (
+  HistorySource,
   IndexedSource,
   InteractionSource,
   ItemSource,
@@ -35,6 +40,7 @@ from ilm_jax.data.sources import (
 )
 from ilm_jax.data.text_tokens import TextTokens
 from ilm_jax.errors import UsageError
+from ilm_jax.metrics import ranking
 
 TEMPLATES = Path(__file__).parent / 'templates.txt'
 FORMS: Mapping[str, EntityText] = {'title': TITLE_FORM, 'id': ID_FORM}
@@ -89,6 +95,22 @@ def register_item_language_tasks(
   return [f'{name}_{mixture}' for mixture in mixtures]
 
 
+def register_history_task(prepared: PreparedData, *, length: int) -> str:
+  """Registers `<name>_item_sequence`, the histories of users, and returns its name.
+
+  Features: `entity_ids`, up to length + 1 items, the oldest first; `targets` is empty.
+  """
+  name = f'{prepared.name}_item_sequence'
+  features = {
+    'targets': seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False),
+    'entity_ids': _entity_feature(prepared),
+  }
+  _add_task(
+    name, HistorySource(prepared, length=length), [], features, (prepared.fingerprint, length)
+  )
+  return name
+
+
 def register_recommendation_tasks(
   prepared: PreparedData,
   vocabulary: Any,
@@ -99,6 +121,7 @@ def register_recommendation_tasks(
   history_length: int = 20,
   max_text_tokens: int = 64,
   encoder_decoder: bool = False,
+  user_states: bool = False,
 ) -> list[str]:
   """Registers phase 2's tasks and mixtures; returns the names of the mixtures.
 
@@ -114,13 +137,14 @@ def register_recommendation_tasks(
     history_length: most items of a history, the newest ones.
     max_text_tokens: longer texts of entities are cut to this many tokens.
     encoder_decoder: whether the LM is an encoder-decoder.
+    user_states: whether a user is encoded from its last items, as of each row.
 
   Raises:
     UsageError: a template asks for what the data set or the task does not have.
   """
   texts = TextTokens(prepared, vocabulary, dataset=dataset, max_text_tokens=max_text_tokens)
   parsed = prompts.read_templates(templates, dataset=texts.dataset, fields=prepared.item_text)
-  rows = functools.partial(InteractionSource, prepared)
+  rows = functools.partial(InteractionSource, prepared, user_states=user_states)
   makers: dict[str, Callable[[], IndexedSource]] = {
     'sequential': lambda: rows(history_length=history_length, min_history=1),
     'straightforward': lambda: rows(history_length=0),
@@ -129,22 +153,30 @@ def register_recommendation_tasks(
   if prepared.ratings is not None:
     makers['rating'] = lambda: rows(predict='rating', history_length=history_length, min_history=1)
   present = {(t.task, t.group) for t in parsed}
+  # Tasks by any other name are about an item: its text fields, to be told from its soft tokens.
+  makers |= {
+    task: makers['item_description']
+    for task in sorted({task for task, _ in present} - {*makers, 'rating'})
+  }
   sources = {task: make() for task, make in makers.items() if any(task == t for t, _ in present)}
-  mixtures = []
+  names, mixtures = [], []
   for form, entity_text in FORMS.items():
     for task, group in sorted(present):
       if task in sources:
+        names.append(f'{prepared.name}_{task}_{group}_{form}')
         add_prompt_task(
-          f'{prepared.name}_{task}_{group}_{form}',
+          names[-1],
           sources[task],
           prompts.select(parsed, task, group),
           texts,
           num_soft_tokens=num_soft_tokens,
           entity_text=entity_text,
           encoder_decoder=encoder_decoder,
+          metric=_METRICS.get(task),
         )
     members = {
       'openp5': ['sequential', 'straightforward'],
+      'items': [t for t in makers if t not in ('sequential', 'straightforward', 'rating')],
       'multitask': list(makers),
     }
     for mixture, tasks in members.items():
@@ -160,6 +192,7 @@ def register_recommendation_tasks(
           ],
         )
         mixtures.append(name)
+  _forget_others(prepared.name, {*names, *mixtures})
   return mixtures
 
 
@@ -172,6 +205,7 @@ def add_prompt_task(
   num_soft_tokens: int,
   entity_text: EntityText = TITLE_FORM,
   encoder_decoder: bool = False,
+  metric: 'EvaluationMetric | None' = None,
 ) -> None:
   """Registers one SeqIO task that renders examples of `source` with `templates`.
 
@@ -183,6 +217,7 @@ def add_prompt_task(
     num_soft_tokens: K, soft tokens an entity.
     entity_text: how entities are written.
     encoder_decoder: whether the LM is an encoder-decoder.
+    metric: what seqio.Evaluator measures; without one, it leaves the task out.
 
   Raises:
     UsageError: a slot that the source has no column for.
@@ -199,7 +234,7 @@ def add_prompt_task(
   features = {
     'inputs': seqio.Feature(texts.vocabulary, add_eos=encoder_decoder),
     'targets': seqio.Feature(texts.vocabulary, add_eos=True),
-    'entity_ids': _entity_feature(texts.prepared),
+    'entity_ids': _entity_feature(texts.prepared, user_states='user_entity' in columns),
   }
 
   @functools.cache  # a task that is registered but not read tokenises nothing
@@ -220,10 +255,46 @@ def add_prompt_task(
     tuple(templates),
     type(source),
     source.num_input_examples('train'),
+    metric,
   )
   # Cached is the example before rendering: rendering depends on lengths known at run time only.
   preprocessors = [seqio.CacheDatasetPlaceholder(), functools.partial(render, renderer=renderer)]
-  _add_task(name, source, preprocessors, features, settings)
+  _add_task(name, source, preprocessors, features, settings, metric)
+
+
+class EvaluationMetric(NamedTuple):
+  """What seqio.Evaluator measures of a task.
+
+  Attributes:
+    column: of the examples, that is to be predicted.
+    function: (targets, scores) -> {name: value}; or (targets, predictions), which SeqIO decodes to
+      text if they are rows of numbers.
+  """
+
+  column: str
+  function: Callable[..., dict[str, float]]
+
+
+def ranking_metrics(targets: Sequence[int], scores: np.ndarray) -> dict[str, float]:
+  """Means of the ranking metrics, seen items kept.
+
+  Args:
+    targets: [n] items.
+    scores: [n, num_items].
+  """
+  found = ranking.ranking_metrics(ranking.ranks(scores, np.asarray(targets)))
+  return {name: float(values.mean()) for name, values in found.items()}
+
+
+def rating_metrics(targets: Sequence[float], predictions: np.ndarray) -> dict[str, float]:
+  """RMSE and MAE of predicted ratings [n]."""
+  errors = np.asarray(predictions, np.float64) - np.asarray(targets)
+  return {'RMSE': float(np.sqrt(np.mean(errors**2))), 'MAE': float(np.abs(errors).mean())}
+
+
+RANKING = EvaluationMetric('target', ranking_metrics)
+RATING = EvaluationMetric('rating', rating_metrics)
+_METRICS = {'sequential': RANKING, 'straightforward': RANKING, 'rating': RATING}
 
 
 @one_to_one
@@ -255,15 +326,26 @@ def render(
 # ---- the registry
 
 _registered: dict[str, tuple[Any, ...]] = {}
+_names_of: dict[str, set[str]] = {}  # data set -> tasks and mixtures
 
 
-def _add_task(name, source, preprocessors, features, settings) -> None:
+def _add_task(name, source, preprocessors, features, settings, metric=None) -> None:
   if name in seqio.TaskRegistry.names():
     if _registered.get(name) == settings:
       return
     seqio.TaskRegistry.remove(name)
+  column = '' if metric is None else metric.column
+
+  def postprocess(output: Any, *, example: Mapping[str, Any], is_target: bool = False) -> Any:
+    return example[column] if is_target else output
+
   seqio.TaskRegistry.add(
-    name, source=source, preprocessors=preprocessors, output_features=features, metric_fns=[]
+    name,
+    source=source,
+    preprocessors=preprocessors,
+    output_features=features,
+    metric_fns=[] if metric is None else [metric.function],
+    postprocess_fn=None if metric is None else postprocess,
   )
   _registered[name] = settings
 
@@ -274,8 +356,18 @@ def _add_mixture(name: str, tasks: list[tuple[str, float]]) -> None:
   seqio.MixtureRegistry.add(name, tasks)
 
 
-def _entity_feature(prepared: PreparedData) -> Any:
-  return seqio.Feature(seqio.PassThroughVocabulary(prepared.num_entities), add_eos=False)
+def _forget_others(data_set: str, names: set[str]) -> None:
+  """Removes what was registered for a data set with other templates, and is not any more."""
+  for name in _names_of.get(data_set, set()) - names:
+    for registry in (seqio.TaskRegistry, seqio.MixtureRegistry):
+      if name in registry.names():
+        registry.remove(name)
+  _names_of[data_set] = names
+
+
+def _entity_feature(prepared: PreparedData, *, user_states: bool = False) -> Any:
+  size = prepared.num_entities + (prepared.num_interactions if user_states else 0)
+  return seqio.Feature(seqio.PassThroughVocabulary(size), add_eos=False)
 
 
 def _train_size(source: IndexedSource) -> int:

@@ -97,24 +97,12 @@ def test_print_config_prints_and_does_not_call(capsys, tmp_path):
     raise AssertionError('called')
 
   argv = [f'--model_dir={tmp_path}/run', '--print_config']
-  assert config_flags.run(boom, argv, output_dir_argument='model_dir') is None
+  assert config_flags.run(boom, argv) is None
   assert capsys.readouterr().out == (
     f'# What `boom` gets, from:\n# --gin.boom.model_dir={tmp_path}/run\n\n'
     f"boom.model_dir = '{tmp_path}/run'  # command line\nboom.steps = 3  # default\n"
   )
   assert not (tmp_path / 'run').exists()
-
-
-def test_the_configuration_is_saved_before_the_call(tmp_path):
-  def boom(*, model_dir: Path | None = None):
-    raise OSError('disk full')
-
-  with pytest.raises(OSError, match='disk full'):
-    config_flags.run(boom, [f'--model_dir={tmp_path}/run'], output_dir_argument='model_dir')
-  saved = sorted(path.name for path in (tmp_path / 'run').iterdir())
-  assert saved == ['config.gin', 'operative_config.gin']
-  with pytest.raises(OSError, match='disk full'):  # None: no directory, nothing to save
-    config_flags.run(boom, [], output_dir_argument='model_dir')
 
 
 def test_help_shows_the_docstring_and_every_flag(capsys):

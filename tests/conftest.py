@@ -35,6 +35,14 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.skip(reason='ILM_OFFLINE=1'))
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """A process may have 65,530 memory maps. Thousands of programs hold more, and it crashes."""
+  yield
+  if 'jax' in sys.modules:
+    sys.modules['jax'].clear_caches()
+
+
 @pytest.fixture(scope='session')
 def ml100k_directory(tmp_path_factory) -> Path:
   """MovieLens-100K as `ilm prepare` makes it, once for all workers; its output is in ../stdout.
@@ -129,3 +137,46 @@ def books_directory(tmp_path_factory) -> Path:
     ials_factors=8,
     rankers=False,
   )
+
+
+# ---------------------------------------------------------------- a tiny run of phase 2
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory) -> Path:
+  """What `tiny_run.trained` leaves."""
+  from tests import tiny_run
+
+  return tiny_run.trained(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def model(run):
+  """The run as a Recommender."""
+  from ilm_jax.recommender import Recommender
+
+  return Recommender.load(run)
+
+
+@pytest.fixture(scope='module')
+def plain(model):
+  """Its language model and soft tokens in a few lines of their own."""
+  from tests.plain_lm import PlainLm
+
+  return PlainLm(model)
+
+
+@pytest.fixture(scope='session')
+def evaluated(tmp_path_factory) -> Path:
+  """What `ilm evaluate` says of the run."""
+  from tests import evaluations
+
+  return evaluations.evaluated(tmp_path_factory)
+
+
+@pytest.fixture(scope='module')
+def results(evaluated):
+  """The same, read."""
+  from ilm_jax.results import Results
+
+  return Results.load(evaluated)

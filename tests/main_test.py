@@ -54,7 +54,7 @@ def test_help(argv, capsys):
   assert main(argv) == 0
   out = capsys.readouterr().out
   for command, what in COMMANDS.items():
-    assert f'  {command:<8}  {what}\n' in out
+    assert f'  {command:<{max(map(len, COMMANDS))}}  {what}\n' in out
   assert max(map(len, out.splitlines())) <= 100
 
 
@@ -69,7 +69,7 @@ def test_unknown_command(capsys):
   assert captured.out == ''
   assert captured.err == (
     "ilm: unknown command 'prepar'. Did you mean 'prepare'? Commands: prepare, embed, train,"
-    ' complete; `ilm --help` tells what they do.\n'
+    ' evaluate, recommend, demo, compile, complete; `ilm --help` tells what they do.\n'
   )
 
 
@@ -91,8 +91,18 @@ def test_one_gin_file_serves_several_commands(capsys, tmp_path):
   file.write_text(
     "prepare.dataset = 'ml100k'\nprepare.output = 'a'\nembed.data = 'a'\n"
     "train.data = 'a'\ntrain.total_steps = 5\ncomplete.prompt = 'a'\n"
+    "evaluate.split = 'test'\nrecommend.k = 3\ndemo.seed = 1\ncompile.lm = 'a'\n"
   )
-  outputs = {'prepare': 'output', 'embed': 'output', 'train': 'model_dir', 'complete': 'lm'}
+  outputs = {
+    'prepare': 'output',
+    'embed': 'output',
+    'train': 'model_dir',
+    'evaluate': 'model_dir',
+    'recommend': 'model_dir',
+    'demo': 'output',
+    'compile': 'topology',
+    'complete': 'lm',
+  }
   assert set(outputs) == set(COMMANDS)
   for command, output in outputs.items():
     assert main([command, f'--gin_file={file}', f'--{output}=b', '--print_config']) == 0

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,11 @@ def steps_in_tensorboard(directory, tag='loss'):
   events = plugin_event_accumulator.EventAccumulator(str(directory))
   events.Reload()
   return [event.step for event in events.Tensors(tag)]
+
+
+def wait_for_the_next_run():
+  # TensorBoard reads the files of a directory by the second in their names.
+  time.sleep(1)
 
 
 def steps(directory):
@@ -81,7 +87,9 @@ def read_jsonl_row(directory):
 
 def test_a_killed_run_that_resumes_has_one_straight_curve(tmp_path):
   write_steps(tmp_path, 0, 150)
+  wait_for_the_next_run()
   write_steps(tmp_path, 100, 200)
+  wait_for_the_next_run()
   write_steps(tmp_path, 180, 220)  # a checkpoint between two writes
   expected = [*range(10, 181, 10), 190, 200, 210, 220]
   assert steps(tmp_path) == expected
@@ -94,6 +102,7 @@ def test_resuming_keeps_what_is_said_of_the_step_it_starts_from(tmp_path):
     log.write(10, {'loss': 1.0})
     log.write(10, {'eval/loss': 2.0})
     log.write(11, {'loss': 3.0})
+  wait_for_the_next_run()
   with MetricLog(tmp_path, start_step=10):
     pass
   rows = read_jsonl(tmp_path / 'metrics.jsonl')
@@ -107,6 +116,7 @@ def test_starting_again_from_nothing_keeps_nothing(tmp_path):
     with MetricLog(tmp_path, start_step=0) as log:
       for step in range(0, last_step + 1, 10):
         log.write(step, {'loss': 1.0})
+    wait_for_the_next_run()
   assert steps(tmp_path) == [0, 10, 20, 30]
   assert steps_in_tensorboard(tmp_path) == [0, 10, 20, 30]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +19,12 @@ import pytest
 
 from ilm_jax import train as train_module
 from ilm_jax.checkpoints.manager import read_identity
-from ilm_jax.config_files import gin_root
 from ilm_jax.errors import UsageError
 from ilm_jax.main import main
 from ilm_jax.metric_log import read_jsonl
 from ilm_jax.phases.item_text import ItemTextPhase
-from ilm_jax.train import train
+from ilm_jax.processes import one_run
+from ilm_jax.train import make_optimizer, train
 
 ENCODER = {'size': 'tiny', 'd_model': 32, 'd_mlp': 48, 'num_queries': 2}
 STEPS = 6
@@ -227,6 +229,33 @@ def test_a_directory_of_another_data_set_is_refused(settings, straight, tmp_path
   assert read_identity(straight[0] / 'checkpoints')['data']['name'] == 'books'
 
 
+def test_a_run_that_is_refused_leaves_what_another_has_written(
+  settings, straight, tmp_path, capsys
+):
+  """Of another model, with a wrong option, or while another run is at work there."""
+  model_dir = tmp_path / 'run'
+  shutil.copytree(straight[0], model_dir)
+  flags = [f'--{name}={value}' for name, value in settings.items()]
+  words = ['train', f'--model_dir={model_dir}', *flags]
+  assert main(words) == 0
+  files = {
+    name: (model_dir / name).read_text()
+    for name in ('config.gin', 'operative_config.gin', 'phase.json', 'metrics.jsonl')
+  }
+  assert 'train.batch_size = 8' in files['config.gin']
+  capsys.readouterr()
+
+  def refused(*more: str) -> str:
+    assert main([*words, *more]) == 2
+    assert {name: (model_dir / name).read_text() for name in files} == files
+    return capsys.readouterr().err
+
+  assert 'num_queries: 2 in the checkpoint, 3 now' in refused('--item_encoder.num_queries=3')
+  assert "Did you mean 'tiny'" in refused('--item_encoder.size=tinny')
+  with one_run(model_dir):
+    assert f'another run is at work there (process {os.getpid()} of' in refused('--batch_size=4')
+
+
 def test_a_value_that_is_not_finite_stops_with_its_name(settings, tmp_path):
   options = settings | {'learning_rate': 1e30, 'warmup_steps': 0, 'save_every': 1, 'eval_every': 6}
   with pytest.raises(FloatingPointError, match=r'step 2 \(user_item batch\)') as error:
@@ -255,7 +284,7 @@ def test_a_value_that_is_not_finite_stops_with_its_name(settings, tmp_path):
     ({'mesh': {'data': 3}}, r'does not come to the 1 devices'),
     ({'data': Path('nowhere')}, r'nowhere'),
     ({'modules': 'no_such_module_of_mine'}, r"no module 'no_such_module_of_mine'"),
-    ({'model': 'item_txt'}, r"'item_text' is what there is"),
+    ({'model': 'item_txt'}, r"one of item_text, item_language\. Did you mean 'item_text'"),
   ],
 )
 def test_wrong_settings_are_told(settings, tmp_path, change, message):
@@ -326,7 +355,7 @@ def test_eight_devices_train_as_one_does(settings, tmp_path):
   flags += ["--mesh={'data': 2, 'fsdp': 2, 'tensor': 2}", f'--model_dir={eight}']
   done = subprocess.run(
     [sys.executable, '-m', 'ilm_jax.main', 'train', *flags],
-    env={**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    env={**os.environ, 'XLA_FLAGS': eight_devices.FLAGS},
     capture_output=True,
     text=True,
   )
@@ -341,13 +370,14 @@ def test_eight_devices_train_as_one_does(settings, tmp_path):
   assert read_jsonl(eight / 'metrics.jsonl')[-1]['step'] == 5
 
 
-JOBS = sorted(path.name for path in (gin_root() / 'jobs').glob('phase1_*.gin'))
-
-
-@pytest.mark.parametrize('job', JOBS)
-def test_every_shipped_job_runs(books_directory, tmp_path, capfd, job):
-  argv = [f'--gin_file=jobs/{job}', '--gin_file=local_tiny.gin', f'--gin.DATA={books_directory}']
-  assert main(['train', *argv, f'--gin.MODEL_DIR={tmp_path}/run']) == 0
-  shown = capfd.readouterr().err
-  assert 'item_text: step 4/4 (100 %)' in shown
-  assert 'train.total_steps = 4' in (tmp_path / 'run' / 'operative_config.gin').read_text()
+def test_the_item_encoder_has_its_own_rate():
+  params = {name: {'kernel': jnp.ones((3, 2))} for name in ('item_encoder', 'adaptor')}
+  gradients = jax.tree.map(lambda x: x * 0.5, params)
+  updates = {}
+  for rate in (1.0, 0.01):
+    optimizer = make_optimizer(1e-3, 1.0, b1=0.9, b2=0.98, weight_decay=0.1, item_encoder_rate=rate)
+    updates[rate], _ = optimizer.update(gradients, optimizer.init(params), params)
+  whole, part = updates[1.0], updates[0.01]
+  np.testing.assert_array_equal(part['adaptor']['kernel'], whole['adaptor']['kernel'])
+  expected = 0.01 * whole['item_encoder']['kernel']
+  np.testing.assert_allclose(part['item_encoder']['kernel'], expected, rtol=1e-6)

@@ -230,7 +230,7 @@ def from_fitted(
   )
   if normalize:
     _normalize_rows(vectors)
-  recorded = report['settings'] | {'normalize': normalize, 'final_loss': report['loss'][-1]}
+  recorded = report['settings'] | {'normalize': normalize, 'final_loss': report['loss']}
   return _table(prepared, vectors, cold, 'ials', recorded)
 
 

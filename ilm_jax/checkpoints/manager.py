@@ -22,13 +22,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.processes import is_of_another
 
 _STEP_NAMES = ocp.path.step.standard_name_format()
 
 # Where a run, whose directory has curves and configuration too, keeps its checkpoints.
 CHECKPOINTS_DIR = 'checkpoints'
 
-Leaves = dict[tuple[str, ...], Any]
+Name = tuple[str, ...]
+Leaves = dict[Name, Any]
 
 # Orbax logs every step of its work, and every error that it also raises.
 logging.getLogger('absl').addFilter(lambda record: '/orbax/' not in record.pathname)
@@ -172,7 +174,9 @@ class CheckpointManager:
   def __enter__(self) -> 'CheckpointManager':
     return self
 
-  def __exit__(self, *exception_info: object) -> None:
+  def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+    if is_of_another(error):
+      return  # its part of a save that is under way will not come
     self.close()
 
   def all_steps(self) -> list[int]:
@@ -274,6 +278,73 @@ def read_identity(path: epath.PathLike) -> dict[str, Any]:
   return _read_json(_one_step(path), 'identity')
 
 
+def checkpoint_path(
+  path: epath.PathLike, which: str, best_metric: str, best_mode: Literal['max', 'min']
+) -> epath.Path:
+  """The directory of one checkpoint of a run.
+
+  Args:
+    path: as in `restore_params`; the directory of a step is itself.
+    which: 'latest', 'best', or a step.
+    best_metric, best_mode: what says which is best; where nothing was measured, it is the latest.
+
+  Raises:
+    UsageError: there is no such checkpoint.
+  """
+  latest = _one_step(path)
+  if which == 'latest' or latest == _absolute(path):
+    return latest
+  steps = _step_paths(latest.parent)
+  if which == 'best':
+    policy = _LatestAndBest(1, 1, best_metric, best_mode)
+    for step, directory in steps.items():
+      policy.record(step, _read_json(directory, 'eval_metrics'))
+    return steps[(policy.best_first(list(steps)) or [max(steps)])[0]]
+  if not which.isdecimal() or int(which) not in steps:
+    known = ', '.join(map(str, sorted(steps)))
+    raise UsageError(f"checkpoint={which!r}: 'best', 'latest', or a step of {path}: {known}.")
+  return steps[int(which)]
+
+
+class SavedParams(NamedTuple):
+  """A checkpoint's directory, its identity, and its parameters by key path, not yet read."""
+
+  step_path: epath.Path
+  identity: dict[str, Any]
+  leaves: Leaves
+
+
+def read_saved_params(path: epath.PathLike) -> SavedParams:
+  """Reads which parameters there are at `path` (as in `restore_params`), with shapes and dtypes.
+
+  Raises:
+    UsageError: no complete checkpoint is there.
+  """
+  step_path = _one_step(path)
+  identity = _read_json(step_path, 'identity')
+  leaves = _saved_leaves(step_path, ('params',))
+  return SavedParams(step_path, identity, {name[1:]: leaf for name, leaf in leaves.items()})
+
+
+def restore_selected(saved: SavedParams, wanted: Leaves) -> Leaves:
+  """Reads those of the parameters that are `wanted`, as `CheckpointManager.restore` does.
+
+  Raises:
+    UsageError: one of them is not saved, or has another shape.
+  """
+  there = {name: saved.leaves[name] for name in wanted if name in saved.leaves}
+  _check_leaves(there, wanted, str(saved.step_path))
+  under = {('params', *name): _abstract(name, leaf) for name, leaf in wanted.items()}
+  leaves = _read_leaves(saved.step_path, under, partial=True)
+  return {name: leaves['params', *name] for name in wanted}
+
+
+def fits(saved: Any, wanted: Any) -> bool:
+  """Whether an array can be read as another: of one shape, and of one dtype unless both float."""
+  floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in (saved, wanted))
+  return tuple(saved.shape) == tuple(wanted.shape) and (saved.dtype == wanted.dtype or floats)
+
+
 def _absolute(path: epath.PathLike) -> epath.Path:
   path = epath.Path(path).expanduser()
   return path if path.is_absolute() else path.absolute()  # absolute() would spoil a bucket's URL
@@ -358,27 +429,32 @@ def _restore_tree(step_path: epath.Path, like: Any, subtree: str | None = None) 
   """Reads the leaves of `like`, which must be all that are saved, or all below `subtree`."""
   prefix = () if subtree is None else (subtree,)
   wanted = {prefix + name: _abstract(name, leaf) for name, leaf in _leaves(like).items()}
+  _check_leaves(_saved_leaves(step_path, prefix), wanted, str(step_path))
+  leaves = _read_leaves(step_path, wanted, partial=subtree is not None)
+  return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+
+
+def _saved_leaves(step_path: epath.Path, prefix: Name) -> Leaves:
+  """Shapes and dtypes of what is saved below `prefix`, with which the names begin."""
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     metadata = reader.metadata(step_path / 'state').item_metadata
-    saved = flax.traverse_util.flatten_dict(metadata.tree)
-    saved = {name: leaf for name, leaf in saved.items() if name[: len(prefix)] == prefix}
-    _check_leaves(saved, wanted, str(step_path))
-    nested = flax.traverse_util.unflatten_dict(wanted)
-    tree = reader.restore(
-      step_path / 'state',
-      args=ocp.args.PyTreeRestore(
-        nested,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(nested),
-        partial_restore=subtree is not None,
-      ),
-    )
-  leaves = flax.traverse_util.flatten_dict(tree)
+  saved = flax.traverse_util.flatten_dict(metadata.tree)
+  return {name: leaf for name, leaf in saved.items() if name[: len(prefix)] == prefix}
+
+
+def _read_leaves(step_path: epath.Path, wanted: Leaves, *, partial: bool) -> Leaves:
+  """Reads what is known to be saved in these shapes: all there is, or (`partial`) some of it."""
+  nested = flax.traverse_util.unflatten_dict(wanted)
+  restore_args = ocp.checkpoint_utils.construct_restore_args(nested)
+  args = ocp.args.PyTreeRestore(nested, restore_args=restore_args, partial_restore=partial)
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    leaves = flax.traverse_util.flatten_dict(reader.restore(step_path / 'state', args=args))
   for name, leaf in wanted.items():
     restored = leaves[name]
     # Orbax's partial restore leaves holes without an error.
     if not isinstance(restored, jax.Array) or restored.shape != leaf.shape:
       raise RuntimeError(f'{step_path}: Orbax did not restore {"/".join(name)}')
-  return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+  return leaves
 
 
 def _abstract(name: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
@@ -395,14 +471,11 @@ def _check_leaves(saved: Leaves, wanted: Leaves, source: str) -> None:
       lines.append(f'  - {path} {list(saved[name].shape)}')
     elif name not in saved:
       lines.append(f'  + {path} {list(wanted[name].shape)}')
-    else:
-      was, now = saved[name], wanted[name]
-      floats = jnp.issubdtype(was.dtype, jnp.floating) and jnp.issubdtype(now.dtype, jnp.floating)
-      if tuple(was.shape) != now.shape or (was.dtype != now.dtype and not floats):
-        lines.append(
-          f'  {path}: {was.dtype} {list(was.shape)} in the checkpoint,'
-          f' {now.dtype} {list(now.shape)} in the model'
-        )
+    elif not fits(was := saved[name], now := wanted[name]):
+      lines.append(
+        f'  {path}: {was.dtype} {list(was.shape)} in the checkpoint,'
+        f' {now.dtype} {list(now.shape)} in the model'
+      )
   if lines:
     raise UsageError(
       f"{source} does not fit the model ('-' is in the checkpoint only, '+' in the model only):\n"

@@ -68,7 +68,7 @@ class Renderer:
 
   Examples are columns of n rows, of which the templates' slots name the ones that are needed:
   `user`, `item`, `target` [n] int32, `rating` [n] float32, `history` ragged int32; and always
-  `seed` [n, 2] int64.
+  `seed` [n, 2] int64. A column `user_entity` is the entity of the user, in place of its own.
   """
 
   def __init__(
@@ -272,7 +272,10 @@ class Renderer:
         column = tf.searchsorted(tf.constant(self._text_tokens.ratings), column)
       column = tf.cast(column, tf.int64)
       rows.append(column + filler.base)
-      entities.append(column + filler.entity_base)
+      if filler.column == 'user' and 'user_entity' in examples:
+        entities.append(tf.cast(examples['user_entity'], tf.int64))
+      else:
+        entities.append(column + filler.entity_base)
     if not rows:
       nothing = tf.zeros([tf.shape(examples['seed'])[0], 0], tf.int64)
       return nothing, nothing

@@ -141,6 +141,8 @@ class InteractionSource(IndexedSource):
   for: `user`, `history` (where history_length > 0) and
     predict='item':   `target`, the row's item;
     predict='rating': `item` and its `rating`.
+  With user_states also `user_entity`, the entity id of the user as of that row
+  (ilm_jax.data.user_states).
   """
 
   def __init__(
@@ -150,6 +152,7 @@ class InteractionSource(IndexedSource):
     predict: str = 'item',
     history_length: int = 20,
     min_history: int = 0,
+    user_states: bool = False,
   ):
     if predict not in ('item', 'rating'):
       raise ValueError(f"predict={predict!r}: 'item' or 'rating'.")
@@ -159,7 +162,8 @@ class InteractionSource(IndexedSource):
     self._history_length = history_length
     # All rows of a user in one run (train, validation, test), so that every split is the same
     # arithmetic on a row number.
-    rows = _RowTable(prepared)
+    rows = RowTable(prepared)
+    self._first_state = prepared.num_entities if user_states else None
     self._items = tf.constant(rows.items)
     self._ratings = None if rows.ratings is None else tf.constant(rows.ratings)
     self._first_row = tf.constant(rows.offsets[:-1])
@@ -184,6 +188,8 @@ class InteractionSource(IndexedSource):
       users, rows = (tf.gather(column, indices) for column in self._held_out[split])
     items = tf.gather(self._items, rows)
     columns: dict[str, Any] = {'user': tf.cast(users, tf.int32)}
+    if self._first_state is not None:
+      columns['user_entity'] = tf.cast(rows + self._first_state, tf.int32)
     if self._history_length:
       starts = tf.maximum(tf.gather(self._first_row, users), rows - self._history_length)
       columns['history'] = ragged_range_gather(self._items, starts, rows)
@@ -195,8 +201,14 @@ class InteractionSource(IndexedSource):
     return columns
 
 
-class _RowTable:
-  """All rows user by user in time order: training rows, then the validation and the test row."""
+class RowTable:
+  """All rows user by user in time order: training rows, then the validation and the test row.
+
+  Attributes:
+    offsets: [num_users + 1] int64.
+    items: [rows] int32.
+    ratings: [rows] float32, or None.
+  """
 
   def __init__(self, prepared: PreparedData):
     train = np.diff(prepared.offsets)
@@ -220,6 +232,43 @@ class _RowTable:
       users = np.flatnonzero(getattr(p, f'{split}_items') >= 0)
       merged[self.offsets[users + 1] - distance] = getattr(p, f'{split}_{column}')[users]
     return merged
+
+
+class HistorySource(IndexedSource):
+  """Histories whole, for losses at each of their items: `entity_ids`, the oldest first.
+
+  `train`: each user's training rows in windows of `length` + 1 from the end, of which the first is
+  the last of the window before, so that each row but a user's first is predicted once; windows
+  are shorter at the beginning of a history. `validation` and `test`: the last `length` items before
+  the held-out one, and that one.
+  """
+
+  def __init__(self, prepared: PreparedData, *, length: int):
+    if length < 1:
+      raise ValueError(f'length={length}: 1 or more.')
+    rows = RowTable(prepared)
+    self._items = tf.constant(rows.items)
+    self._length = length
+    train = np.diff(prepared.offsets)
+    windows = -(-np.maximum(train - 1, 0) // length)
+    user = np.repeat(np.arange(len(train)), windows)
+    back = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)
+    train_end = rows.offsets[:-1] + train
+    ends = {'train': (user, train_end[user] - back * length)}
+    for distance, split in ((2, 'validation'), (1, 'test')):
+      users = np.flatnonzero((getattr(prepared, f'{split}_items') >= 0) & (train > 0))
+      ends[split] = users, rows.offsets[users + 1] - distance + 1
+    self._ends = {
+      split: (tf.constant(rows.offsets[users]), tf.constant(end))
+      for split, (users, end) in ends.items()
+    }
+    super().__init__({split: len(users) for split, (users, _) in ends.items()})
+
+  def examples_at(self, split: str, indices: tf.Tensor) -> Columns:
+    first, end = (tf.gather(column, indices) for column in self._ends[split])
+    begin = tf.maximum(first, end - self._length - 1)
+    no_text = tf.RaggedTensor.from_row_lengths(tf.zeros([0], tf.int32), tf.zeros_like(indices))
+    return {'entity_ids': ragged_range_gather(self._items, begin, end), 'targets': no_text}
 
 
 class ItemSource(IndexedSource):

@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.decoding.legal import Normalise, legal_log_probs
+from ilm_jax.decoding.legal import Normalise, check_bias, legal_log_probs
 from ilm_jax.decoding.prefill import prefill
 from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
@@ -58,6 +58,7 @@ def beam_search(
   beam_size: int,
   normalise: Normalise = 'catalogue',
   forbidden: jax.Array | None = None,
+  bias: jax.Array | None = None,
 ) -> Beams:
   """The items of a catalogue that go on best from prompts, as far as W beams find them.
 
@@ -71,14 +72,17 @@ def beam_search(
       what the model would rather say that is no item.
     forbidden: [B, I] bool, items that must not come, such as those that a user has seen. Beams
       keep away from beginnings of which nothing else is left; scores do not change.
+    bias: [nodes], added to the logit of the token that leads to a node, before what may come in its
+      place is normalised (calibration.edge_bias); not with normalise='vocabulary'.
 
   The cache has room for W tokens of each level of the trie: it grows with beam_size x max_depth.
 
   Raises:
-    UsageError: beam_size or normalise is not among what is allowed.
+    UsageError: beam_size, normalise or bias is not what is allowed.
   """
   if beam_size < 1:
     raise UsageError(f'beam_size={beam_size}: it must be 1 or more.')
+  check_bias(bias, trie, normalise)
   batch = embeddings.shape[0]
   beams = min(beam_size, trie.num_items)  # no level of the trie has more nodes
   steps = trie.max_depth - 1  # the last token of an item is not run
@@ -92,7 +96,8 @@ def beam_search(
   def grow(state: _State, hidden: jax.Array) -> _State:
     """One more token: of all children of all beams, the best W. `hidden` is [B, beams, D]."""
     child, exists = trie.children(state.nodes)
-    scores = state.scores[..., None] + log_probs(hidden, trie.column[child], exists)
+    of_edges = None if bias is None else bias[child]
+    scores = state.scores[..., None] + log_probs(hidden, trie.column[child], exists, of_edges)
     scores = jnp.where(exists & allowed.any_below(child), scores, -jnp.inf)
     # A beam that has ended is its own only child.
     ended = trie.is_leaf(state.nodes)[..., None]

@@ -28,6 +28,7 @@ import numpy as np
 from ilm_jax.decoding.legal import (
   LegalLogProbs,
   Normalise,
+  check_bias,
   check_normalise,
   legal_log_probs,
 )
@@ -116,7 +117,13 @@ def scoring_plan(
 
 
 def catalogue_scores(
-  lm: Decoder, params: Any, plan: ScoringPlan, embeddings: jax.Array, lengths: jax.Array
+  lm: Decoder,
+  params: Any,
+  plan: ScoringPlan,
+  embeddings: jax.Array,
+  lengths: jax.Array,
+  *,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
   """The log-probability of every item, [B, I]; items of equal tokens share theirs.
 
@@ -125,21 +132,14 @@ def catalogue_scores(
     plan: of the catalogue.
     embeddings: [B, T, D] of the prompts, padded on the right, with soft tokens in them or not.
     lengths: [B], tokens of each, 1 or more.
+    bias: [nodes], added to the logit of the token that leads to a node, before what may come in its
+      place is normalised (calibration.edge_bias); the plan's must be 'catalogue'.
+
+  Raises:
+    UsageError: bias is not of this catalogue, or of probabilities over the vocabulary.
   """
-  trie, batch = plan.trie, embeddings.shape[0]
-  log_probs = legal_log_probs(lm, params, plan.alphabet, plan.normalise)
-  last, new = prefill(lm, params, embeddings, lengths)
-  cache = lm.init_cache(*embeddings.shape[:2]).append(new)
-  scores = jnp.zeros((batch, trie.num_nodes))  # of the last token, given those before
-  root = _root_log_probs(log_probs, plan, last)
-  scores = scores.at[:, 1 : 1 + plan.num_root_children].set(root)
-  if plan.groups.size:
-    run = _GroupRun(lm, params, plan, log_probs, lengths, cache)
-    below = jax.lax.map(run, plan.groups)  # [groups, B, G, C]
-    below = jnp.moveaxis(below, 1, 0).reshape(batch, -1, plan.max_children)
-    ordinal = jnp.arange(trie.num_nodes) - trie.first_child[jnp.maximum(trie.parent, 0)]
-    ordinal = jnp.clip(ordinal, 0, plan.max_children - 1)  # of what is not looked up
-    scores = jnp.where(plan.place >= 0, below[:, plan.place, ordinal], scores)
+  trie = plan.trie
+  scores = node_log_probs(lm, params, plan, embeddings, lengths, bias=bias)
   # Sums along the way to the root, each time of twice as many nodes.
   ahead = jnp.maximum(trie.parent, 0)
   for _ in range(trie.max_depth.bit_length()):
@@ -148,19 +148,64 @@ def catalogue_scores(
   return scores[:, trie.leaf]
 
 
-def root_log_probs(
-  lm: Decoder, params: Any, plan: ScoringPlan, embeddings: jax.Array, lengths: jax.Array
+def node_log_probs(
+  lm: Decoder,
+  params: Any,
+  plan: ScoringPlan,
+  embeddings: jax.Array,
+  lengths: jax.Array,
+  *,
+  bias: jax.Array | None = None,
 ) -> jax.Array:
-  """Log-probabilities [B, R] of the first tokens of items, those of nodes 1 to R."""
+  """The log-probability of each node's token behind those that lead there, [B, nodes].
+
+  Arguments are those of `catalogue_scores`. 0 for the root, and where the catalogue leaves no
+  choice and probabilities are over the catalogue.
+  """
+  trie, batch = plan.trie, embeddings.shape[0]
+  check_bias(bias, trie, plan.normalise)
+  log_probs = legal_log_probs(lm, params, plan.alphabet, plan.normalise)
+  last, new = prefill(lm, params, embeddings, lengths)
+  cache = lm.init_cache(*embeddings.shape[:2]).append(new)
+  scores = jnp.zeros((batch, trie.num_nodes))
+  root = _root_log_probs(log_probs, plan, last, bias)
+  scores = scores.at[:, 1 : 1 + plan.num_root_children].set(root)
+  if plan.groups.size:
+    run = _GroupRun(lm, params, plan, log_probs, lengths, cache, bias)
+    below = jax.lax.map(run, plan.groups)  # [groups, B, G, C]
+    below = jnp.moveaxis(below, 1, 0).reshape(batch, -1, plan.max_children)
+    ordinal = jnp.arange(trie.num_nodes) - trie.first_child[jnp.maximum(trie.parent, 0)]
+    ordinal = jnp.clip(ordinal, 0, plan.max_children - 1)  # of what is not looked up
+    scores = jnp.where(plan.place >= 0, below[:, plan.place, ordinal], scores)
+  return scores
+
+
+def root_log_probs(
+  lm: Decoder,
+  params: Any,
+  plan: ScoringPlan,
+  embeddings: jax.Array,
+  lengths: jax.Array,
+  *,
+  bias: jax.Array | None = None,
+) -> jax.Array:
+  """Log-probabilities [B, R] of the first tokens of items, those of nodes 1 to R.
+
+  Arguments are those of `catalogue_scores`.
+  """
+  check_bias(bias, plan.trie, plan.normalise)
   log_probs = legal_log_probs(lm, params, plan.alphabet, plan.normalise)
   last, _ = prefill(lm, params, embeddings, lengths)
-  return _root_log_probs(log_probs, plan, last)
+  return _root_log_probs(log_probs, plan, last, bias)
 
 
-def _root_log_probs(log_probs: LegalLogProbs, plan: ScoringPlan, last: jax.Array) -> jax.Array:
-  columns = plan.column[1 : 1 + plan.num_root_children]
-  columns = jnp.broadcast_to(columns, (last.shape[0], plan.num_root_children))
-  return log_probs(last, columns, jnp.ones_like(columns, bool))
+def _root_log_probs(
+  log_probs: LegalLogProbs, plan: ScoringPlan, last: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+  first = slice(1, 1 + plan.num_root_children)
+  columns = jnp.broadcast_to(plan.column[first], (last.shape[0], plan.num_root_children))
+  exists = jnp.ones_like(columns, bool)
+  return log_probs(last, columns, exists, None if bias is None else bias[first])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +218,7 @@ class _GroupRun:
   log_probs: LegalLogProbs
   lengths: jax.Array
   cache: Cache
+  bias: jax.Array | None
 
   def __call__(self, nodes: jax.Array) -> jax.Array:
     trie, batch = self.plan.trie, self.lengths.shape[0]
@@ -190,10 +236,14 @@ class _GroupRun:
     hidden, _ = self.lm.apply(variables, embeddings, positions, mask=sees[None], cache=self.cache)
     child = trie.first_child[nodes][:, None] + jnp.arange(self.plan.max_children)
     exists = child < trie.first_child[nodes + 1][:, None]
-    columns = self.plan.column[jnp.where(exists, child, 0)]
+    child = jnp.where(exists, child, 0)
+    columns = self.plan.column[child]
     shape = (batch, *exists.shape)
     log_probs = self.log_probs(
-      hidden, jnp.broadcast_to(columns, shape), jnp.broadcast_to(exists, shape)
+      hidden,
+      jnp.broadcast_to(columns, shape),
+      jnp.broadcast_to(exists, shape),
+      None if self.bias is None else self.bias[child],
     )
     # Of a node whose children are not scored, and of padding, nothing is looked up.
     return jnp.where(exists & there[:, None], log_probs, 0.0)

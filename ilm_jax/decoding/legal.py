@@ -5,11 +5,12 @@ Letters: D model width, V vocabulary, A tokens that a catalogue uses, C tokens t
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.models.token_losses import token_nll
 from ilm_jax.modules.decoder import Decoder
@@ -17,8 +18,22 @@ from ilm_jax.modules.decoder import Decoder
 # What the probabilities of next tokens sum to one over: those that the catalogue allows, so that
 # the probabilities of all items do too; or all of the vocabulary.
 Normalise: TypeAlias = Literal['catalogue', 'vocabulary']
-# (hidden [..., D], columns [..., C], exists [..., C]) -> log-probabilities [..., C]
-LegalLogProbs: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class LegalLogProbs(Protocol):
+  """(hidden [..., D], columns, exists and bias [..., C]) -> log-probabilities [..., C].
+
+  `bias` is added to logits before they are normalised.
+  """
+
+  def __call__(
+    self,
+    hidden: jax.Array,
+    columns: jax.Array,
+    exists: jax.Array,
+    bias: jax.Array | None = None,
+  ) -> jax.Array: ...
+
 
 _LOGITS = 1 << 25  # held at once: 128 MB
 _NEVER = -1e30  # -inf would make gradients NaN where nothing exists
@@ -29,6 +44,25 @@ def check_normalise(normalise: str) -> None:
   if normalise not in allowed:
     hint = did_you_mean(normalise, allowed)
     raise UsageError(f'normalise={normalise!r}: one of {", ".join(allowed)}.{hint}')
+
+
+def check_bias(bias: jax.Array | None, trie: Trie, normalise: Normalise) -> None:
+  if bias is None:
+    return
+  _check_biased(normalise)
+  if bias.shape != (trie.num_nodes,):
+    raise UsageError(
+      f'bias of shape {bias.shape}: one number for each of the {trie.num_nodes} nodes of the'
+      ' catalogue is needed; was it made for another catalogue?'
+    )
+
+
+def _check_biased(normalise: Normalise) -> None:
+  if normalise != 'catalogue':
+    raise UsageError(
+      f'bias with normalise={normalise!r}: a bias is of tokens that the catalogue allows, and needs'
+      " normalise='catalogue'."
+    )
 
 
 def legal_log_probs(
@@ -59,8 +93,13 @@ def legal_log_probs(
     nothing = jnp.full(rows.shape[:1], -1)
     return token_nll(logits, rows, nothing, chunk=chunk).reshape(hidden.shape[:-1])
 
-  def log_probs(hidden: jax.Array, columns: jax.Array, exists: jax.Array) -> jax.Array:
+  def log_probs(
+    hidden: jax.Array, columns: jax.Array, exists: jax.Array, bias: jax.Array | None = None
+  ) -> jax.Array:
     legal = jnp.take_along_axis(some(hidden), columns, axis=-1)
+    if bias is not None:
+      _check_biased(normalise)
+      legal += bias
     if normalise == 'catalogue':
       total = jax.nn.logsumexp(jnp.where(exists, legal, _NEVER), axis=-1)
     else:

@@ -11,6 +11,7 @@ Metrics are arrays with one value per row (user), never means: the mean goes thr
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special
@@ -184,9 +185,26 @@ def bootstrap_intervals(
   Raises:
     ValueError: no rows, a value is not finite, or confidence is outside (0, 1).
   """
+  return bootstrap_statistic(
+    lambda means: means, values, confidence=confidence, resamples=resamples, seed=seed
+  )
+
+
+def bootstrap_statistic(
+  statistic: Callable[[np.ndarray], np.ndarray],
+  values: np.ndarray,
+  *,
+  confidence: float = 0.95,
+  resamples: int = 2000,
+  seed: int = 0,
+) -> list[Interval]:
+  """As `bootstrap_intervals`, of k functions of the means: [r, m] means of columns -> [r, k].
+
+  The `mean` of an interval is the function of the sample itself.
+  """
   values = np.asarray(values, np.float64)
   if values.ndim != 2 or not len(values):
-    raise ValueError(f'values has shape {values.shape}; expected [users >= 1, metrics]')
+    raise ValueError(f'values has shape {values.shape}; expected [rows >= 1, columns]')
   if not np.isfinite(values).all():
     raise ValueError(f'{np.count_nonzero(~np.isfinite(values))} values are not finite')
   if not 0 < confidence < 1:
@@ -200,9 +218,10 @@ def bootstrap_intervals(
     draws = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
     counts = np.bincount(draws.ravel(), minlength=size * n).reshape(size, n)
     means[start : start + size] = counts @ values / n
-  low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-  errors = means.std(axis=0, ddof=1)
-  return [Interval(*map(float, column)) for column in zip(values.mean(axis=0), low, high, errors)]
+  resampled = statistic(means)
+  low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+  own, errors = statistic(values.mean(axis=0)[None])[0], resampled.std(axis=0, ddof=1)
+  return [Interval(*map(float, column)) for column in zip(own, low, high, errors)]
 
 
 def bootstrap_interval(

@@ -76,7 +76,7 @@ class Frozen:
   """What is on the device and never trained.
 
   Attributes:
-    entity_vectors: [num_entities, d_cf], items first.
+    entity_vectors: [num_entities or more, d_cf], items first.
     histories: None where `false_negatives` is 'batch'.
   """
 

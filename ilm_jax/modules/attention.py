@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 UNWRITTEN = jnp.iinfo(jnp.int32).max  # position of a place in a cache that holds no token
+SHARED = -1  # segment id of cached tokens that all segments see: the beginning of every prompt
 _MASKED = -1e30
 _FEW_ROWS = 8  # of queries, as when one token is decoded after the other
 
@@ -175,6 +176,7 @@ def visible(
     [B, T, S] bool.
   """
   same = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
+  same |= (keys.segment_ids == SHARED)[:, None, :]
   if not causal:
     return same & (keys.positions != UNWRITTEN)[:, None, :]
   backwards = keys.positions[:, None, :] <= queries.positions[:, :, None]

@@ -6,41 +6,37 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.cf.entity_table import EntityTable
 from ilm_jax.checkpoints import bert
 from ilm_jax.config_types import make_dataclass
 from ilm_jax.data import vocabularies
-from ilm_jax.data.feature_converter import EntityTextFeatureConverter
 from ilm_jax.data.histories import UserHistories
-from ilm_jax.data.prepared import PreparedData, load_prepared, read_metadata
-from ilm_jax.data.reader import BatchReader, InputShards, read_once
+from ilm_jax.data.prepared import load_prepared
+from ilm_jax.data.reader import BatchReader, read_once
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.flops import matmul_flops
 from ilm_jax.metrics.retrieval import Retrieval, retrieval_from_features
-from ilm_jax.models import losses
 from ilm_jax.models.item_text import (
   ITEM_ITEM,
   ITEM_TEXT,
   USER_ITEM,
   Frozen,
   ItemTextConfig,
-  ItemTextModel,
   SpecialTokens,
 )
-from ilm_jax.modules.qformer import SIZES, QFormerConfig
-from ilm_jax.phases.phase import HostBatch, InputOptions, Phase
+from ilm_jax.phases.item_text_steps import ItemTextSteps, encoder_config
+from ilm_jax.phases.phase import (
+  HostBatch,
+  InputOptions,
+  Phase,
+  boxed_vectors,
+  input_shards,
+  load_table,
+  open_reader,
+)
 from ilm_jax.sharding import fetch, place_batch
 from ilm_jax.tasks.recommendation import register_item_language_tasks
-
-# The word embedding is cut over devices, so its rows are a multiple of this.
-_VOCAB_MULTIPLE = 64
-# Temperatures for the raw CF vectors, the best of which is their ceiling.
-_CF_TEMPERATURES = np.geomspace(0.02, 2.0, 15)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +63,7 @@ class ItemTextPhase(Phase):
   """Phase 1. Sources: item_text (ITC, ITM, ITG), item_item (II), user_item (UI)."""
 
   name = 'item_text'
+  OPTIONS = ('item_encoder', 'losses', 'text')
   best_metric = 'item_text/item_to_text/R@10'
   best_mode = 'max'
   headline = (
@@ -99,14 +96,23 @@ class ItemTextPhase(Phase):
     """
     self._inputs = inputs
     self.prepared = load_prepared(inputs.data)
-    self.table = _load_table(inputs, self.prepared)
+    self.table = load_table(inputs, self.prepared)
     self._text = make_dataclass(ItemTextData, text, 'train.text')
-    self._vocabulary = _vocabulary(self._text.vocabulary)
+    self._vocabulary = text_vocabulary(self._text.vocabulary)
     encoder = dict(item_encoder)
     self._init_from = encoder.pop('init_from', None)
-    self._encoder = _encoder_config(encoder, self.table, self._vocabulary)
+    vocab_size = self._vocabulary.vocab_size
+    self._encoder = encoder_config(encoder, d_cf=self.table.dim, vocab_size=vocab_size)
     self._config = make_dataclass(ItemTextConfig, losses, 'train.losses')
-    self.model = self._make_model(self._encoder)
+    vocabulary = self._vocabulary
+    self.steps = ItemTextSteps(
+      self._encoder,
+      self._config,
+      SpecialTokens(cls=vocabulary.bos_id, dec=vocab_size, eos=vocabulary.eos_id),
+      num_items=self.prepared.num_items,
+      max_text_tokens=self._text.max_text_tokens,
+    )
+    self.model = self.steps.model
     register_item_language_tasks(
       self.prepared,
       self._vocabulary,
@@ -115,7 +121,7 @@ class ItemTextPhase(Phase):
     )
     use_histories = self._config.false_negatives == 'history'
     self.frozen = Frozen(
-      nn.LogicallyPartitioned(self.table.encoder_tokens, ('entities', 'cf')),
+      boxed_vectors(self.table, inputs),
       UserHistories.of(self.prepared) if use_histories else None,
     )
     self.identity = self._identity()
@@ -124,12 +130,12 @@ class ItemTextPhase(Phase):
     return (ITEM_TEXT, ITEM_ITEM, USER_ITEM)
 
   def reader(self, source: str, start_step: int, position: np.ndarray | None) -> BatchReader:
-    return BatchReader(
+    return open_reader(
       f'{self.prepared.name}_{source}',
-      task_feature_lengths=self._lengths(source),
-      converter=EntityTextFeatureConverter(apply_length_check=False),
-      shards=_shards(self._inputs.batch_size[source]),
-      seed=self._inputs.seed,
+      self._inputs,
+      source,
+      lengths=self.steps.lengths(source),
+      converter=self.steps.converter(),
       start_step=start_step,
       position=position,
     )
@@ -156,12 +162,7 @@ class ItemTextPhase(Phase):
     return {'examples': len(batch['entity_ids']), 'target_tokens': tokens}
 
   def flops(self, params: Any, frozen: Any, batch: HostBatch, source: str) -> int:
-    model = self._make_model(dataclasses.replace(self._encoder, remat='none'))
-
-    def gradient(params, frozen, batch, key):
-      return jax.grad(lambda p: model.loss(p, frozen, batch, key, source=source)[0])(params)
-
-    return matmul_flops(gradient, params, frozen, dict(batch), jax.random.key(0))
+    return self.steps.flops(params, frozen, batch, source)
 
   def evaluate(self, params: Any, frozen: Any) -> dict[str, float]:
     """Held-out items: retrieval among them, perplexity of their texts; held-out pairs.
@@ -204,24 +205,7 @@ class ItemTextPhase(Phase):
 
   @functools.cached_property
   def _item_features(self):
-    @jax.jit
-    def features(params, frozen, batch):
-      ids = jnp.maximum(batch['entity_ids'][:, 0], 0)
-      vectors = frozen.entity_vectors[ids]
-      # Items are in random order, so the next one is any.
-      others = frozen.entity_vectors[(ids + 1) % self.prepared.num_items]
-      text = batch['text_tokens'], batch['text_mask']
-      nll, tokens = self.model.text_nll(params, vectors, *text)
-      return {
-        'items': self.model.encode_entities(params, vectors)[1],
-        'texts': self.model.encode_texts(params, *text),
-        'tokens_of_text': batch['text_tokens'],
-        'nll': nll,
-        'nll_shuffled': self.model.text_nll(params, others, *text)[0],
-        'tokens': tokens,
-      }
-
-    return features
+    return jax.jit(self.steps.item_features)
 
   def _evaluate_pairs(self, params: Any, frozen: Any, source: str) -> dict[str, float]:
     found = []
@@ -246,44 +230,22 @@ class ItemTextPhase(Phase):
 
   @functools.cached_property
   def _pair_metrics(self):
-    @functools.partial(jax.jit, static_argnames='source')
-    def metrics(params, frozen, batch, source):
-      _, found = self.model.loss(
-        params, frozen, batch, jax.random.key(0), source=source, deterministic=True
-      )
-      left, right, users = batch['entity_ids'].T
-      unit = losses.normalise(frozen.entity_vectors)
-      cosine = unit[left] @ unit[right].T
-      false_negatives = self.model.pair_false_negatives(frozen, left, right, users)
-      raw = [losses.contrastive(cosine / t, false_negatives)[1] for t in _CF_TEMPERATURES]
-      gains = jnp.stack([each['gain'] for each in raw])
-      return {**found, 'raw_cf/accuracy': raw[0]['accuracy'], 'cf_gains': gains}
-
-    return metrics
+    return jax.jit(self.steps.pair_metrics, static_argnames='source')
 
   def _read_once(
     self, source: str, split: str
   ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """Global batches, and which of their rows are no padding."""
+    rows = self._text.eval_batch_size or max(self._inputs.batch_size.values())
     for batch in read_once(
       f'{self.prepared.name}_{source}',
       split=split,
-      task_feature_lengths=self._lengths(source),
-      converter=EntityTextFeatureConverter(apply_length_check=False),
-      shards=_shards(self._text.eval_batch_size or max(self._inputs.batch_size.values())),
+      task_feature_lengths=self.steps.lengths(source),
+      converter=self.steps.converter(),
+      shards=input_shards(rows, self._inputs.mesh),
     ):
-      placed = place_batch(batch, jax.sharding.get_mesh())
+      placed = place_batch(batch, self._inputs.mesh)
       yield placed, fetch(placed.pop('example_mask'))
-
-  def _lengths(self, source: str) -> dict[str, int]:
-    if source == ITEM_TEXT:
-      return {'targets': self._text.max_text_tokens, 'entity_ids': 1}
-    return {'targets': 0, 'entity_ids': 3}
-
-  def _make_model(self, encoder: QFormerConfig) -> ItemTextModel:
-    vocabulary = self._vocabulary
-    tokens = SpecialTokens(cls=vocabulary.bos_id, dec=vocabulary.vocab_size, eos=vocabulary.eos_id)
-    return ItemTextModel(encoder, self._config, tokens, self.prepared.num_items)
 
   def _identity(self) -> dict[str, Any]:
     # How parameters are trained is not part of it.
@@ -302,25 +264,12 @@ class ItemTextPhase(Phase):
     }
 
 
-def _shards(batch_size: int) -> InputShards:
-  return InputShards(
-    batch_size=batch_size,
-    num_shards=jax.process_count(),
-    host_index=jax.process_index(),
-    host_count=jax.process_count(),
-  )
+def text_vocabulary(name: str) -> Any:
+  """The vocabulary of the text branch: see ItemTextData.
 
-
-def _load_table(inputs: InputOptions, prepared: PreparedData) -> EntityTable:
-  directory = inputs.entity_table
-  if directory is None:
-    directory = inputs.data / read_metadata(inputs.data)['entity_table_dir']
-  table = EntityTable.load(directory)
-  table.check_data(prepared, str(directory))
-  return table
-
-
-def _vocabulary(name: str) -> Any:
+  Raises:
+    UsageError: there is none by that name.
+  """
   if name == 'bytes':
     return vocabularies.ByteVocabulary()
   if name.endswith('.model'):
@@ -334,22 +283,3 @@ def _vocabulary(name: str) -> Any:
     f'train.text.vocabulary={name!r}: one of {", ".join(known)}, or a file: a tokenizer.json, a'
     f' SentencePiece .model.{did_you_mean(name, known)}'
   )
-
-
-def _encoder_config(
-  options: Mapping[str, Any], table: EntityTable, vocabulary: Any
-) -> QFormerConfig:
-  options = dict(options)
-  size = options.pop('size', 'minilm')
-  if size not in SIZES:
-    raise UsageError(
-      f'train.item_encoder.size={size!r}: one of {", ".join(SIZES)}.{did_you_mean(size, SIZES)}'
-    )
-  for name in ('d_encoder', 'vocab_size'):
-    if name in options:
-      raise UsageError(f'train.item_encoder.{name} is decided by the data: leave it out.')
-  words = vocabulary.vocab_size + 1  # and [DEC]
-  values = dataclasses.asdict(SIZES[size]) | options
-  values['d_encoder'] = table.dim
-  values['vocab_size'] = -(-words // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-  return make_dataclass(QFormerConfig, values, 'train.item_encoder')

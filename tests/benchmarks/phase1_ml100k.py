@@ -70,21 +70,16 @@ def evaluate_run(output: Path, name: str, seed: int):
 
   from ilm_jax import sharding
   from ilm_jax.checkpoints.manager import restore_params
-  from ilm_jax.config_flags import parse_argv
   from ilm_jax.phases.item_text import ItemTextPhase
-  from ilm_jax.phases.phase import InputOptions
-  from ilm_jax.train import train
+  from ilm_jax.phases.settings import restore_phase
 
-  asked = parse_argv(train, job_flags(output, name, seed))[0].arguments
-  sizes = dict.fromkeys(asked['schedule'], asked['batch_size'])
-  phase = ItemTextPhase(
-    InputOptions(asked['data'], None, sizes, seed),
-    **{option: asked[option] or {} for option in ('item_encoder', 'losses', 'text')},
-  )
+  model_dir = output / f'{name}_{seed}'
   mesh, rules = sharding.make_mesh({'data': -1}), sharding.DEFAULT_RULES
+  phase = restore_phase(model_dir, mesh, rules)
+  assert isinstance(phase, ItemTextPhase)
   with sharding.use_mesh(mesh, rules):
     like = sharding.abstract_init(phase.init, mesh, rules, jax.random.key(0))
-    params = restore_params(asked['model_dir'], like, identity=phase.identity)
+    params = restore_params(model_dir, like, identity=phase.identity)
     frozen = sharding.place_constants(phase.frozen, mesh, rules)
     return phase.evaluate_items(params, frozen)[0], phase.evaluate(params, frozen)
 

@@ -85,14 +85,12 @@ def test_reported_losses_are_the_objective():
     offsets, rows, 25, factors=4, alpha=3.0, regularization=0.7, iterations=5, exact=True
   )
   weight = np.where(dense > 0, 3.0, 1.0).sum()
-  assert report['loss'][-1] == pytest.approx(
+  assert report['loss'] == pytest.approx(
     _objective(dense, users, items, 3.0, 0.7) / weight, rel=1e-4
   )
   assert report['zero_loss'] == pytest.approx(
     _objective(dense, 0 * users, 0 * items, 3.0, 0.7) / weight
   )
-  assert len(report['loss']) == 5
-  assert sorted(report['loss'], reverse=True) == report['loss']
 
 
 def test_same_seed_same_vectors_whatever_the_threads():

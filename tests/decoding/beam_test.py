@@ -55,6 +55,20 @@ def test_with_enough_beams_is_the_exact_ranking(name, scan, normalise):
   check(beams, expected, ranked)
 
 
+def test_with_a_bias_of_each_edge():
+  expected = catalogues.brute_force('gemma', 'catalogue', biased=True)
+  ranked = ranking(expected)
+  assert ranked != ranking(catalogues.brute_force('gemma', 'catalogue'))
+  beams = search(tiny_lms.tiny_lm('gemma', False), beam_size=ITEMS + 5, bias=catalogues.bias())
+  check(beams, expected, ranked)
+
+
+def test_a_bias_over_the_vocabulary_is_refused():
+  tiny = tiny_lms.tiny_lm('gemma')
+  with pytest.raises(UsageError, match="bias with normalise='vocabulary'"):
+    search(tiny, beam_size=3, normalise='vocabulary', bias=catalogues.bias())
+
+
 def step_by_step(tiny, prompt, beam_size):
   """The same search by whole forward passes, one for each beam: sequences, best first."""
   beams = [(0.0, ())]
@@ -62,8 +76,7 @@ def step_by_step(tiny, prompt, beam_size):
     grown = [beam for beam in beams if beam[1][-1:] == (catalogues.EOS,)]
     for score, said in beams:
       if said[-1:] != (catalogues.EOS,):
-        starts = [s for s in catalogues.DISTINCT if s[: len(said)] == said]
-        legal = sorted({s[len(said)] for s in starts})
+        legal = catalogues.legal_after(said)
         row = np.concatenate([prompt, tiny.embed(np.array(said, int))])
         log_probs = tiny.log_probs(row)[-1, legal].astype(np.float64)
         log_probs -= np.log(np.exp(log_probs).sum())

@@ -28,8 +28,33 @@ def trie():
 
 
 @functools.cache
-def brute_force(name, normalise):
-  """[3, items]: each item behind each prompt, in a forward pass of its own, in float64."""
+def bias():
+  """[nodes] of something for each beginning of an item, as large as what the model says."""
+  made = trie()
+  numbers = np.random.default_rng(5).normal(size=made.num_nodes).astype(np.float32)
+  numbers[0] = 100  # nothing leads to the root
+  return numbers
+
+
+@functools.cache
+def bias_of():
+  """The same by tokens."""
+  made = trie()
+  parent, token = np.asarray(made.parent), np.asarray(made.token)
+  paths: list[tuple[int, ...]] = [()]
+  for node in range(1, made.num_nodes):
+    paths.append((*paths[parent[node]], int(token[node])))
+  return dict(zip(paths, bias().astype(np.float64)))
+
+
+def legal_after(said):
+  """The tokens that may come behind a beginning."""
+  return sorted({s[len(said)] for s in DISTINCT if s[: len(said)] == said})
+
+
+@functools.cache
+def _logits(name):
+  """Each item behind each prompt: [(prompt and item, where the item starts, logits [T, V])]."""
   tiny = tiny_lms.tiny_lm(name)
   rows, starts = [], []
   for prompt, length in zip(TOKENS, LENGTHS):
@@ -41,14 +66,22 @@ def brute_force(name, normalise):
     row[: len(tokens)] = tokens
   logits_of = jax.jit(functools.partial(tiny.lm.apply, method='logits_of'))
   logits = np.asarray(logits_of({'params': tiny.params}, padded), np.float64)
+  return list(zip(rows, starts, logits))
+
+
+@functools.cache
+def brute_force(name, normalise, biased=False):
+  """[3, items]: each item behind each prompt, in a forward pass of its own, in float64."""
   scores = []
-  for row, start, of_row in zip(rows, starts, logits):
+  for row, start, of_row in _logits(name):
     score = 0.0
     for place in range(start, len(row)):
-      said = tuple(row[start:place])
-      legal = sorted({s[len(said)] for s in DISTINCT if s[: len(said)] == said})
-      over = of_row[place - 1, legal] if normalise == 'catalogue' else of_row[place - 1]
-      score += of_row[place - 1, row[place]] - scipy.special.logsumexp(over)
+      said, logits = tuple(row[start:place]), of_row[place - 1].copy()
+      legal = legal_after(said)
+      if biased:
+        logits[legal] += [bias_of()[*said, token] for token in legal]
+      over = logits[legal] if normalise == 'catalogue' else logits
+      score += logits[row[place]] - scipy.special.logsumexp(over)
     scores.append(score)
   return np.array(scores).reshape(len(LENGTHS), len(SEQUENCES))
 

@@ -20,9 +20,9 @@ def compiled(lm, function=catalogue_scores):
   return jax.jit(functools.partial(function, lm))
 
 
-def scores_of(tiny, plan):
+def scores_of(tiny, plan, **kwargs):
   arguments = (tiny.params, plan, catalogues.embedded(tiny), catalogues.LENGTHS)
-  return np.asarray(compiled(tiny.lm)(*arguments))
+  return np.asarray(compiled(tiny.lm)(*arguments, **kwargs))
 
 
 @pytest.mark.parametrize(
@@ -42,8 +42,24 @@ def test_is_what_forward_passes_of_each_item_say(name, scan, normalise, nodes_at
   assert scores.std() > 0.5  # the model does prefer some
 
 
-def test_probabilities_over_the_catalogue_sum_to_one():
-  scores = scores_of(tiny_lms.tiny_lm('gemma'), scoring_plan(catalogues.trie()))
+@pytest.mark.parametrize(('name', 'nodes_at_once'), [('gemma', 128), ('llama', 3)])
+def test_with_a_bias_of_each_edge(name, nodes_at_once):
+  """One compiled program for all biases."""
+  tiny = tiny_lms.tiny_lm(name)
+  plan = scoring_plan(catalogues.trie(), nodes_at_once=nodes_at_once)
+  arguments = (tiny.params, plan, catalogues.embedded(tiny), catalogues.LENGTHS)
+  program = compiled(tiny.lm).lower(*arguments, bias=catalogues.bias()).compile()
+  scores = program(*arguments, bias=catalogues.bias())
+  expected = catalogues.brute_force(name, 'catalogue', biased=True)
+  np.testing.assert_allclose(scores, expected, atol=2e-5)
+  plain = program(*arguments, bias=np.zeros_like(catalogues.bias()))
+  np.testing.assert_allclose(plain, catalogues.brute_force(name, 'catalogue'), atol=2e-5)
+
+
+@pytest.mark.parametrize('biased', [False, True])
+def test_probabilities_over_the_catalogue_sum_to_one(biased):
+  kwargs = {'bias': catalogues.bias()} if biased else {}
+  scores = scores_of(tiny_lms.tiny_lm('gemma'), scoring_plan(catalogues.trie()), **kwargs)
   distinct = [catalogues.SEQUENCES.index(list(s)) for s in catalogues.DISTINCT]
   np.testing.assert_allclose(np.exp(scores[:, distinct]).sum(axis=1), 1, atol=1e-5)
   np.testing.assert_array_equal(scores[:, 2], scores[:, 5])
@@ -108,6 +124,19 @@ def test_first_tokens_alone(normalise):
     np.testing.assert_allclose(roots[row], expected, atol=1e-5)
 
 
+def test_first_tokens_with_a_bias():
+  tiny = tiny_lms.tiny_lm('gemma')
+  plan = scoring_plan(catalogues.trie())
+  arguments = (tiny.params, plan, catalogues.embedded(tiny), catalogues.LENGTHS)
+  roots = compiled(tiny.lm, root_log_probs)(*arguments, bias=catalogues.bias())
+  first = [s[0] for s in catalogues.DISTINCT]
+  scores = np.exp(catalogues.brute_force('gemma', 'catalogue', biased=True))
+  items = [catalogues.SEQUENCES.index(list(s)) for s in catalogues.DISTINCT]
+  for column, token in enumerate([5, 6, 7, 90]):
+    below = [item for item, begins in zip(items, first) if begins == token]
+    np.testing.assert_allclose(np.exp(roots[:, column]), scores[:, below].sum(axis=1), rtol=1e-4)
+
+
 def test_gradients_are_those_of_finite_differences():
   """A loss that trains soft tokens goes through all of it."""
   tiny = tiny_lms.tiny_lm('llama')
@@ -132,3 +161,15 @@ def test_gradients_are_those_of_finite_differences():
 def test_a_wrong_normalisation():
   with pytest.raises(UsageError, match=r"normalise='catalog'.*Did you mean 'catalogue'"):
     scoring_plan(catalogues.trie(), 'catalog')  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize('function', [catalogue_scores, root_log_probs])
+def test_a_bias_of_something_else(function):
+  tiny = tiny_lms.tiny_lm('llama')
+  arguments = catalogues.embedded(tiny), catalogues.LENGTHS
+  plan = scoring_plan(catalogues.trie(), 'vocabulary')
+  with pytest.raises(UsageError, match="bias with normalise='vocabulary'"):
+    function(tiny.lm, tiny.params, plan, *arguments, bias=jnp.asarray(catalogues.bias()))
+  plan = scoring_plan(catalogues.trie())
+  with pytest.raises(UsageError, match=r'bias of shape \(7,\): .* 34 nodes'):
+    function(tiny.lm, tiny.params, plan, *arguments, bias=jnp.zeros(7))

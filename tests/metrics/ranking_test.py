@@ -146,7 +146,7 @@ def test_bootstrap_refuses_broken_input():
     ranking.paired_bootstrap(np.zeros(3), np.zeros(4))
   with pytest.raises(ValueError, match='1 values are not finite'):
     ranking.bootstrap_interval(np.array([0.0, np.inf]))
-  with pytest.raises(ValueError, match='users >= 1'):
+  with pytest.raises(ValueError, match='rows >= 1'):
     ranking.bootstrap_interval(np.array([]))
   with pytest.raises(ValueError, match='confidence=95'):
     ranking.bootstrap_interval(np.zeros(3), confidence=95)

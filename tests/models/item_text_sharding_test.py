@@ -36,7 +36,7 @@ def batch_of(source):
   return {'entity_ids': np.stack([left, rng.integers(NUM_ITEMS, size=16), users], axis=1)}
 
 
-def constants():
+def constants(mesh):
   rng = np.random.default_rng(2)
   vectors = rng.normal(size=(NUM_ITEMS + NUM_USERS, D_CF)).astype(np.float32)
   histories = UserHistories(
@@ -44,6 +44,7 @@ def constants():
     items=np.array([1, 4, 7, 0, 2, 5, 3, 8, 6, 9]),
     max_length=3,
   )
+  vectors = sharding.pad_rows(vectors, 'entities', mesh, RULES)
   return Frozen(nn.LogicallyPartitioned(vectors, ('entities', 'cf')), histories)
 
 
@@ -69,7 +70,7 @@ def single():
   params = jax.tree.map(
     lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), params
   )
-  frozen = nn.meta.unbox(constants())
+  frozen = nn.meta.unbox(constants(sharding.make_mesh({}, jax.devices()[:1])))
   run = jax.jit(step, static_argnames='source')
   return params, {s: run(params, frozen, batch_of(s), source=s) for s in SOURCES}
 
@@ -85,7 +86,7 @@ class TestOnEightDevices:
     shapes = sharding.abstract_init(MODEL.init, mesh, RULES, KEY)
     at = jax.tree.map(lambda x: x.sharding, shapes)
     placed = jax.device_put(params, at)
-    frozen = sharding.place_constants(constants(), mesh, RULES)
+    frozen = sharding.place_constants(constants(mesh), mesh, RULES)
     with sharding.use_mesh(mesh, RULES):
       run = jax.jit(step, static_argnames='source', out_shardings=(None, None, at, at))
       batch = sharding.place_batch(batch_of(source), mesh)

@@ -1,5 +1,6 @@
 """Language models on eight devices are those on one: loss, gradients of embeddings and weights."""
 
+import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ from ilm_jax.models.token_losses import token_nll
 from ilm_jax.modules.decoder import Decoder, DecoderConfig
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.t5 import T5, T5Config
-from tests import eight_devices
 
 MESHES = {
   'gemma3': [

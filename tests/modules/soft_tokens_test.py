@@ -24,13 +24,17 @@ def make(item_encoder, **changes):
   return module, variables
 
 
+def soft(module, *args):
+  return module.apply(*args).soft_tokens
+
+
 def count(variables):
   return sum(x.size for x in jax.tree.leaves(variables))
 
 
 def test_mlp_is_linear_relu_linear():
   module, variables = make(MlpConfig(K, D_CF), normalise=False)
-  found = module.apply(variables, TOKENS[:, :1])
+  found = soft(module, variables, TOKENS[:, :1])
   params = variables['params']
   hidden = np.maximum(TOKENS[:, 0] @ params['item_encoder']['kernel'], 0)
   expected = np.einsum('bf,fkd->bkd', hidden, params['adaptor']['kernel'])
@@ -52,24 +56,24 @@ def test_qformer_has_no_text_branch():
 def test_scale_is_that_of_the_token_embeddings():
   for encoder in (QFORMER, MlpConfig(K, D_CF)):
     module, variables = make(encoder, gain=0.136)
-    found = np.asarray(module.apply(variables, 50 * TOKENS[:, :1]))
+    found = np.asarray(soft(module, variables, 50 * TOKENS[:, :1]))
     np.testing.assert_allclose(np.sqrt((found**2).mean(axis=-1)), 0.136, rtol=1e-3)
 
 
 def test_padding_of_a_sequence_is_not_seen():
   module, variables = make(QFORMER, max_encoder_tokens=5)
   mask = np.array([[1, 1, 1, 0, 0]] * 4)
-  padded = module.apply(variables, TOKENS, mask)
+  padded = soft(module, variables, TOKENS, mask)
   other = np.where(mask[:, :, None] > 0, TOKENS, 7.0)
-  np.testing.assert_allclose(padded, module.apply(variables, other, mask), atol=1e-6)
-  np.testing.assert_allclose(padded, module.apply(variables, TOKENS[:, :3]), atol=1e-6)
+  np.testing.assert_allclose(padded, soft(module, variables, other, mask), atol=1e-6)
+  np.testing.assert_allclose(padded, soft(module, variables, TOKENS[:, :3]), atol=1e-6)
 
 
 def test_order_is_counted_from_the_end():
   module, variables = make(QFORMER, max_encoder_tokens=5)
   params = {**variables['params'], 'recency': jnp.zeros((5, D_CF))}
   reversed_tokens = TOKENS[:, ::-1]
-  alike = [module.apply({'params': params}, x) for x in (TOKENS, reversed_tokens)]
+  alike = [soft(module, {'params': params}, x) for x in (TOKENS, reversed_tokens)]
   np.testing.assert_allclose(*alike, atol=1e-5)  # without it, a set
   params['recency'] = jnp.zeros((5, D_CF)).at[0].set(1.0)  # of the last one
   marked = TOKENS.copy()
@@ -77,7 +81,7 @@ def test_order_is_counted_from_the_end():
   _, plain = make(QFORMER, max_encoder_tokens=5)
   plain = {**plain['params'], 'recency': jnp.zeros((5, D_CF))}
   np.testing.assert_allclose(
-    module.apply({'params': params}, TOKENS), module.apply({'params': plain}, marked), atol=1e-5
+    soft(module, {'params': params}, TOKENS), soft(module, {'params': plain}, marked), atol=1e-5
   )
 
 
@@ -86,5 +90,34 @@ def test_what_does_not_fit():
     SoftTokenConfig(MlpConfig(), D_LM, max_encoder_tokens=2)
   module, variables = make(QFORMER, max_encoder_tokens=2)
   with pytest.raises(ValueError, match='max_encoder_tokens=2'):
-    module.apply(variables, TOKENS)
+    soft(module, variables, TOKENS)
   assert dataclasses.replace(QFORMER, has_text=False).num_queries == K
+
+
+def test_skip_reads_the_encoder_tokens_beside_the_queries():
+  module, variables = make(QFORMER, skip=True, max_encoder_tokens=5)
+  mask = np.array([[1] * 5, [1] * 3 + [0] * 2, [1] + [0] * 4, [1] * 4 + [0]])
+  encoded = module.apply(variables, TOKENS, mask)
+  recency = np.asarray(variables['params']['recency'])
+  for row, (tokens, there) in enumerate(zip(TOKENS, mask)):
+    n = there.sum()
+    mean = np.mean([tokens[i] + recency[n - 1 - i] for i in range(n)], axis=0)
+    np.testing.assert_allclose(encoded.vectors[row, 16:], mean, atol=1e-5)
+  assert encoded.vectors.shape == (4, module.config.num_features)
+  kernel = variables['params']['adaptor']['kernel']
+  assert kernel.shape == (16 + D_CF, D_LM)
+  # Without that part of the kernel, it is what it would be without the skip.
+  cut = {**variables['params'], 'adaptor': {**variables['params']['adaptor']}}
+  cut['adaptor']['kernel'] = kernel.at[16:].set(0.0)
+  plain = {**cut, 'adaptor': {**cut['adaptor'], 'kernel': kernel[:16]}}
+  without, _ = make(QFORMER, max_encoder_tokens=5)
+  np.testing.assert_allclose(
+    soft(module, {'params': cut}, TOKENS, mask),
+    soft(without, {'params': plain}, TOKENS, mask),
+    atol=1e-5,
+  )
+
+
+def test_an_mlp_has_nothing_to_skip():
+  with pytest.raises(ValueError, match='skip=True'):
+    SoftTokenConfig(MlpConfig(K, D_CF), D_LM, skip=True)

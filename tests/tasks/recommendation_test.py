@@ -37,8 +37,10 @@ def test_names(registered):
     'books_it_ii',
     'books_it_ui',
     'books_openp5_title',
+    'books_items_title',
     'books_multitask_title',
     'books_openp5_id',
+    'books_items_id',
     'books_multitask_id',
   ]
   for task in ('sequential', 'straightforward', 'rating', 'item_description'):
@@ -55,6 +57,26 @@ def test_registering_again_changes_nothing_and_other_settings_replace(registered
   assert seqio.TaskRegistry.get(name) is before
   recommendation.register_recommendation_tasks(p, VOCABULARY, num_soft_tokens=3)
   assert seqio.TaskRegistry.get(name) is not before
+
+
+def test_what_new_templates_do_not_have_is_registered_no_more(registered, tmp_path):
+  p = dataclasses.replace(registered[0], name='fewer')
+  (tmp_path / 'one.txt').write_text('sequential; seen; After {history} comes; {target}\n')
+
+  def register(**options):
+    recommendation.register_recommendation_tasks(p, VOCABULARY, num_soft_tokens=2, **options)
+    names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    return {name for name in names if name.startswith('fewer_')}
+
+  everything = register()
+  assert {'fewer_straightforward_seen_title', 'fewer_items_title'} < everything
+  fewer = register(templates=tmp_path / 'one.txt')
+  mixtures = {
+    f'fewer_{name}_{form}' for name in ('openp5', 'multitask') for form in ('title', 'id')
+  }
+  tasks = {f'fewer_sequential_seen_{form}' for form in ('title', 'id')}
+  assert fewer == mixtures | tasks
+  assert register() == everything
 
 
 @pytest.mark.parametrize('split', ['train', 'validation', 'test'])

@@ -42,6 +42,7 @@ from ilm_jax.quiet import import_tensorflow
 from ilm_jax.sharding import DEFAULT_RULES, Rules, abstract_init, make_mesh
 
 _SAMPLE = 1 << 20  # bytes
+_EVERY_NTH_TOKEN = 7  # are enough to know the scale of embeddings
 
 
 class Tokenizer(NamedTuple):
@@ -91,6 +92,21 @@ class LanguageModel:
     """Tokens that end what it says: EOS, and in a chat the end of a turn."""
     tokens = self.tokenizer.facts.stop_tokens if self.tokenizer else ()
     return tuple(dict.fromkeys([self.vocabulary.eos_id, *map(self._token_id, tokens)]))
+
+  @property
+  def has_encoder(self) -> bool:
+    """Whether it is an encoder-decoder."""
+    return isinstance(self.module, T5) and self.module.config.num_encoder_layers > 0
+
+  def embed(self, tokens: Any) -> Any:
+    """[B, T] ids -> [B, T, D], as they enter the layers."""
+    return self.module.apply({'params': self.params}, jnp.asarray(tokens), method='embed_tokens')
+
+  @functools.cached_property
+  def embedding_rms(self) -> float:
+    """The RMS of token embeddings as they enter the layers, which soft tokens are to have."""
+    tokens = jnp.arange(0, self.module.config.vocab_size, _EVERY_NTH_TOKEN)
+    return float(jnp.sqrt(jnp.mean(jnp.square(self.embed(tokens[None]).astype(jnp.float32)))))
 
   def prompt_tokens(self, text: str) -> list[int]:
     """A text as the model expects it, behind BOS where it is used to one."""
@@ -189,14 +205,16 @@ def default_compute(platform: str | None = None) -> Compute:
 
 def abstract_params(module: Decoder | T5, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES):
   """Shapes, dtypes and shardings of the parameters, nothing computed."""
+  init = functools.partial(init_params, module)
+  return abstract_init(init, mesh or make_mesh({'data': -1}), rules, jax.random.key(0))
+
+
+def init_params(module: Decoder | T5, key: jax.Array) -> Any:
+  """Random parameters in boxes with their logical axes."""
   tokens = jnp.zeros((1, 2), jnp.int32)
   has_encoder = isinstance(module, T5) and module.config.num_encoder_layers > 0
   args = (tokens, tokens) if has_encoder else (tokens,)
-
-  def init(key: jax.Array) -> Any:
-    return module.init(key, *args, method='logits_of')['params']
-
-  return abstract_init(init, mesh or make_mesh({'data': -1}), rules, jax.random.key(0))
+  return module.init(key, *args, method='logits_of')['params']
 
 
 def make_vocabulary(tokenizer: Tokenizer) -> Any:

@@ -1,0 +1,151 @@
+"""Exact log-probabilities of the titles of all films: on a trie, against transformers.
+
+  python tests/benchmarks/bench.py --only exact
+
+Prompts, films and language model are those of bench_beam.py. The peer reads a prompt once, and all
+titles behind copies of its cache, in batches of like length. Both sum log-probabilities over the
+vocabulary, or over the tokens that go on towards a title (the library's default).
+
+In float32, the same is done for one user before: both must say the same.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+import ml100k
+import numpy as np
+from bench_beam import Normalise, for_each_user, our_batches
+from paired import Run, Side, compare
+from table import Row, timed
+
+USERS = {'ours': ml100k.USERS, 'peer': 2}  # a round: the peer takes minutes for all of them
+TOLERANCE = 1e-3  # of the log-probability of a title, in float32
+_ROWS = 71  # titles that the peer scores at once: of 1,349 a 19th
+
+
+def ours(file: str, users: int, normalise: Normalise, check: bool, output: str) -> Run:
+  import jax
+
+  from ilm_jax.checkpoints.lm.load import load_lm
+  from ilm_jax.decoding.exact import catalogue_scores, scoring_plan
+  from ilm_jax.decoding.trie import build_trie
+  from ilm_jax.modules.layers import Compute
+
+  lm: Any = load_lm(ml100k.LM, compute=Compute(scan_layers=False) if check else None)
+  prompts, titles = ml100k.read_prompts(file)
+  plan = scoring_plan(build_trie(titles, titles[0][-1]), normalise)
+
+  @jax.jit
+  def score(params, plan, tokens, lengths):
+    embeddings = lm.module.apply({'params': params}, tokens, method='embed_tokens')
+    return catalogue_scores(lm.module, params, plan, embeddings, lengths)
+
+  batches = our_batches(prompts[:users])
+
+  def run() -> dict[str, float]:
+    scores = np.concatenate([score(lm.params, plan, *batch) for batch in batches])
+    np.save(output, scores)
+    return {'scores': scores.size / users}
+
+  return run
+
+
+def peer(file: str, users: int, normalise: Normalise, check: bool, output: str) -> Run:
+  import os
+
+  import torch
+  from transformers import DynamicCache
+
+  torch.set_num_threads(os.cpu_count() or 1)
+  model = ml100k.torch_lm('float32' if check else 'bfloat16')
+  prompts, titles = ml100k.read_prompts(file)
+  following = ml100k.following(titles)
+  order = sorted(range(len(titles)), key=lambda item: len(titles[item]))
+  assert len(order) % _ROWS == 0  # the cache is copied once for all batches
+
+  def padded(rows, value):
+    return torch.tensor([row + [value] * (max(map(len, rows)) - len(row)) for row in rows])
+
+  def choices(begins):
+    """What may come behind each beginning, and how much there is of it."""
+    return padded([following[tuple(begin)] for begin in begins], -1)
+
+  batches = []
+  for start in range(0, len(order), _ROWS):
+    rows = [titles[item] for item in order[start : start + _ROWS]]
+    inputs, targets = padded([row[:-1] for row in rows], 0), padded([row[1:] for row in rows], -1)
+    legal = choices([row[:n] for row in rows for n in range(1, len(row))])
+    batches.append((inputs, targets, legal))
+  root, first = torch.tensor(following[()]), torch.tensor([titles[item][0] for item in order])
+
+  def log_totals(logits, legal):
+    """[N, V], [N, C] -> [N]: what probabilities are over."""
+    if normalise == 'vocabulary':
+      return logits.float().logsumexp(dim=1)
+    among = logits.gather(1, legal.clamp(min=0)).float()
+    return among.masked_fill(legal < 0, -torch.inf).logsumexp(dim=1)
+
+  def score(prompt: list[int]) -> np.ndarray:
+    cache = DynamicCache(config=model.config)
+    last = model(torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1).logits[0]
+    start = last[0, first].float() - log_totals(last, root[None])
+    cache.batch_repeat_interleave(_ROWS)
+    sums = []
+    for inputs, targets, legal in batches:
+      there = targets >= 0
+      logits = model(inputs, past_key_values=cache).logits[there]
+      cache.crop(-inputs.shape[1])
+      found = torch.zeros(targets.shape)
+      chosen = logits.gather(1, targets[there][:, None])[:, 0].float()
+      found[there] = chosen - log_totals(logits, legal)
+      sums.append(found.sum(dim=1))
+    scores = np.empty(len(order), np.float32)
+    scores[order] = (start + torch.cat(sums)).numpy()
+    return scores
+
+  def run() -> dict[str, float]:
+    with torch.inference_mode():
+      scores = np.stack([score(prompt) for prompt in prompts[:users]])
+    np.save(output, scores)
+    return {'scores': scores.size / users}
+
+  return run
+
+
+def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
+  del peaks
+  with tempfile.TemporaryDirectory() as directory:
+    file = ml100k.arrays()
+
+    def sides(normalise: Normalise, check: bool) -> dict[str, Side]:
+      options = {'file': str(file), 'normalise': normalise, 'check': check}
+      return {
+        name: Side(
+          __file__,
+          name,
+          {**options, 'users': 1 if check else users, 'output': f'{directory}/{name}.npy'},
+        )
+        for name, users in USERS.items()
+      }
+
+    def outputs() -> tuple[np.ndarray, np.ndarray]:
+      ours, peer = (np.load(f'{directory}/{name}.npy') for name in USERS)
+      return ours[: len(peer)], peer
+
+    for normalise in get_args(Normalise):
+      compare(sides(normalise, check=True), rounds=1)
+      ours, peer = outputs()
+      np.testing.assert_allclose(ours, peer, atol=TOLERANCE)
+      found = compare(sides(normalise, check=False), min(rounds, 3))
+      ours, peer = outputs()
+      # In bfloat16 each side rounds in other places: titles of 11 tokens, 30 to 60 nats.
+      assert np.abs(ours - peer).mean() < 0.5, np.abs(ours - peer).mean()
+      yield timed(
+        f'log-probabilities of {ours.shape[1]:,} titles for a user, over the {normalise},'
+        f' {ml100k.LM}, bfloat16',
+        for_each_user(found, USERS),
+        goal=5,
+        note=f'{USERS["ours"]} users, {USERS["peer"]} for transformers; in float32 equal within'
+        f' {TOLERANCE:g}, in bfloat16 {np.abs(ours - peer).mean():.2f} nats apart',
+      )

@@ -431,11 +431,7 @@ def run(phase, folder, model_dir, **macros):
   command += [f'--gin_file=t5x/phase{phase}.gin']
   done = subprocess.run(
     command + [f'--gin.{name}={value!r}' for name, value in macros.items()],
-    env={
-      **os.environ,
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
-      'JAX_PLATFORMS': 'cpu',
-    },
+    env={**os.environ, **eight_devices.ENVIRONMENT},
     capture_output=True,
     text=True,
   )

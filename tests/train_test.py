@@ -355,7 +355,7 @@ def test_eight_devices_train_as_one_does(settings, tmp_path):
   flags += ["--mesh={'data': 2, 'fsdp': 2, 'tensor': 2}", f'--model_dir={eight}']
   done = subprocess.run(
     [sys.executable, '-m', 'ilm_jax.main', 'train', *flags],
-    env={**os.environ, 'XLA_FLAGS': eight_devices.FLAGS},
+    env={**os.environ, **eight_devices.ENVIRONMENT},
     capture_output=True,
     text=True,
   )

@@ -242,7 +242,7 @@ def _item_text(context: _Context) -> list[Program]:
     # A BERT by name would be fetched.
     by_name = text.vocabulary in bert.PACKAGES
     vocab_size = _BERT_TOKENS if by_name else text_vocabulary(text.vocabulary).vocab_size
-  encoder = encoder_config(options, d_cf=sizes.cf_dim, vocab_size=vocab_size)
+  encoder = encoder_config(options, d_cf=sizes.cf_dim, vocab_size=vocab_size, platform='tpu')
   tokens = SpecialTokens(cls=_TOKEN, dec=vocab_size, eos=_TOKEN)
   steps = ItemTextSteps(
     encoder, config, tokens, num_items=sizes.items, max_text_tokens=text.max_text_tokens
@@ -286,7 +286,13 @@ def _item_language(
   encoder = dict(job['item_encoder'] or {})
   encoder.pop('init_from', None)
   soft_tokens = soft_token_config(
-    encoder, text, options, d_model=module.config.d_model, gain=1.0, d_cf=sizes.cf_dim
+    encoder,
+    text,
+    options,
+    d_model=module.config.d_model,
+    gain=1.0,
+    d_cf=sizes.cf_dim,
+    platform='tpu',
   )
 
   def make(**compute: Any) -> ItemLanguageSteps:

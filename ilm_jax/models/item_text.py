@@ -259,6 +259,7 @@ class ItemTextModel:
       targets,
       mask[:, 1:],
       label_smoothing=self.config.itg_smoothing,
+      bf16_matmul=self.module.config.bf16_matmul,
     )
 
   def _query_features(self, params: Any, queries: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ V vocabulary. Metrics are scalars; losses are in nats.
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.modules.precision import bf16_times_rows
+
 Metrics = dict[str, jax.Array]
 
 _EXCLUDED = -1e9  # a score that is never chosen, finite so that a fully excluded row has no NaN
@@ -123,6 +125,7 @@ def generation(
   weights: jax.Array,
   *,
   label_smoothing: float = 0.0,
+  bf16_matmul: bool = False,
 ) -> tuple[jax.Array, Metrics]:
   """ITG: cross-entropy of the next token, its logits being states @ embedding^T.
 
@@ -132,12 +135,16 @@ def generation(
     targets: [B, T] int.
     weights: [B, T], 1 where a target counts.
     label_smoothing: probability mass spread evenly over the vocabulary.
+    bf16_matmul: as of QFormerConfig.
 
   Returns:
     The mean over weighted targets, and the metrics `nll` (without smoothing; exp of it is the
     perplexity) and `accuracy` of the best token.
   """
-  logits = jnp.einsum('btd,vd->btv', states, embedding, preferred_element_type=jnp.float32)
+  if bf16_matmul:
+    logits = bf16_times_rows(states, embedding)
+  else:
+    logits = jnp.einsum('btd,vd->btv', states, embedding, preferred_element_type=jnp.float32)
   log_z = jax.nn.logsumexp(logits, axis=-1)
   # Reductions of the same logits: a product of its own rounds differently, so that the best token
   # is not equal to the maximum. And no gather from [B, T, V], which a sharded V makes costly.

@@ -5,6 +5,7 @@ width, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,52 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
     return (normed * scale).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Mean 0 and variance 1 over the last axis, times `scale`, plus `bias`, in float32.
+
+  The backward pass is written out: of flax.linen.LayerNorm's, XLA keeps several arrays as large as
+  the input, which is where the time goes on a CPU.
+  """
+
+  epsilon: float
+  dtype: Any
+  axis: str = 'embed'
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1],)
+    scale: Any = self.param('scale', with_axes(nn.initializers.ones, (self.axis,)), shape)
+    bias: Any = self.param('bias', with_axes(nn.initializers.zeros, (self.axis,)), shape)
+    normed: Any = layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
+    return normed.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
+  """x [..., D], scale and bias [D] (Ba et al. 2016, arXiv:1607.06450)."""
+  return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+  mean = x.mean(axis=-1, keepdims=True)
+  inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
+  return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
+
+
+def _layer_norm_backward(epsilon, saved, gradient):
+  del epsilon
+  x, mean, inverse, scale = saved
+  normed = (x - mean) * inverse
+  rows = tuple(range(x.ndim - 1))
+  of_normed = gradient * scale
+  along = (of_normed * normed).mean(axis=-1, keepdims=True)
+  of_x = inverse * (of_normed - of_normed.mean(axis=-1, keepdims=True) - normed * along)
+  return of_x, (gradient * normed).sum(axis=rows), gradient.sum(axis=rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class Embedder(nn.Module):

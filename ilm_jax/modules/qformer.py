@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.modules.layers import REMAT_POLICIES
+from ilm_jax.modules.dropout import Dropout
+from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm
 from ilm_jax.modules.precision import bf16_dot_general
 from ilm_jax.sharding import constrain, with_axes
 
@@ -46,6 +47,9 @@ class QFormerConfig:
     bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
       in float32. Twice as fast on CPUs that have bfloat16.
     remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
+    scan_layers: one compiled group of layers that runs n times; else the same parameters in n
+      groups, which take longer to compile. XLA for CPUs copies what the backward pass of a loop
+      needs: there, False is faster.
     has_text: False leaves the text branch's parameters out (phase 2).
   """
 
@@ -63,6 +67,7 @@ class QFormerConfig:
   dtype: Any = jnp.float32
   bf16_matmul: bool = False
   remat: str = 'none'
+  scan_layers: bool = True
   has_text: bool = True
 
   def __post_init__(self):
@@ -76,6 +81,11 @@ class QFormerConfig:
     if self.d_model % self.num_heads:
       raise ValueError(f'd_model={self.d_model} must be a multiple of num_heads={self.num_heads}.')
 
+
+# Fields that say how a Q-Former is run or trained, and not what its parameters mean.
+HOW_IT_RUNS = frozenset(
+  {'dropout_rate', 'dtype', 'bf16_matmul', 'remat', 'scan_layers', 'has_text'}
+)
 
 SIZES: Mapping[str, QFormerConfig] = {
   'tiny': QFormerConfig(num_layers=2, d_model=64, num_heads=4, d_mlp=128, num_queries=4),
@@ -139,19 +149,21 @@ class QFormer(nn.Module):
         'positions', positions, (c.max_text_length, c.d_model), jnp.float32
       )
     self.embedding_norm = _layer_norm(c)
-    self.dropout = nn.Dropout(c.dropout_rate)
+    self.dropout = Dropout(c.dropout_rate)
     group: Any = _Group
     if c.remat != 'none':
       # Inside a scan nothing can be merged with the first computation, so prevent_cse only costs.
       group = nn.remat(
         _Group, policy=REMAT_POLICIES[c.remat], prevent_cse=False, static_argnums=(4, 5)
       )
+    groups = c.num_layers // c.cross_attention_every
     self.layers = nn.scan(
       group,
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-      length=c.num_layers // c.cross_attention_every,
+      length=groups,
+      unroll=1 if c.scan_layers else groups,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )(c)
 
@@ -264,18 +276,11 @@ class _Attention(nn.Module):
         name=name,
       )(inputs)
 
-    dropping = not deterministic and c.dropout_rate > 0
-    attended = nn.dot_product_attention(
-      project('query', hidden, 'embed'),
-      project('key', source, self.source_axis),
-      project('value', source, self.source_axis),
-      mask=mask,
-      dropout_rng=self.make_rng('dropout') if dropping else None,
-      dropout_rate=c.dropout_rate,
-      broadcast_dropout=False,
-      deterministic=deterministic,
-      dtype=c.dtype,
-    )
+    query = project('query', hidden, 'embed')
+    key, value = (project(name, source, self.source_axis) for name in ('key', 'value'))
+    weights = nn.dot_product_attention_weights(query, key, mask=mask, dtype=c.dtype)
+    weights = Dropout(c.dropout_rate)(weights, deterministic=deterministic)
+    attended = jnp.einsum('...hqk,...khc->...qhc', weights, value)
     out = nn.DenseGeneral(
       c.d_model,
       axis=(-2, -1),
@@ -285,7 +290,7 @@ class _Attention(nn.Module):
       dot_general=_dot_general(c),
       name='out',
     )(attended)
-    out = nn.Dropout(c.dropout_rate)(out, deterministic=deterministic)
+    out = Dropout(c.dropout_rate)(out, deterministic=deterministic)
     return _layer_norm(c, 'norm')(out + hidden)
 
 
@@ -299,7 +304,7 @@ class _Mlp(nn.Module):
     c = self.config
     wide = _dense(c, c.d_mlp, ('embed', 'mlp'), 'wi')(hidden)
     out = _dense(c, c.d_model, ('mlp', 'embed'), 'wo')(nn.gelu(wide, approximate=False))
-    out = nn.Dropout(c.dropout_rate)(out, deterministic=deterministic)
+    out = Dropout(c.dropout_rate)(out, deterministic=deterministic)
     return _layer_norm(c, 'norm')(out + hidden)
 
 
@@ -318,11 +323,5 @@ def _dot_general(c: QFormerConfig) -> Callable[..., jax.Array] | None:
   return bf16_dot_general if c.bf16_matmul else None
 
 
-def _layer_norm(c: QFormerConfig, name: str | None = None) -> Callable[[jax.Array], jax.Array]:
-  return nn.LayerNorm(
-    epsilon=c.layer_norm_epsilon,
-    scale_init=with_axes(nn.initializers.ones, ('embed',)),
-    bias_init=with_axes(nn.initializers.zeros, ('embed',)),
-    dtype=c.dtype,
-    name=name,
-  )
+def _layer_norm(c: QFormerConfig, name: str | None = None) -> LayerNorm:
+  return LayerNorm(c.layer_norm_epsilon, c.dtype, name=name)

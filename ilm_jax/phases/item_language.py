@@ -29,6 +29,7 @@ from ilm_jax.decoding.trie import Trie, build_trie
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig
 from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.qformer import HOW_IT_RUNS
 from ilm_jax.modules.readout import log_popularity
 from ilm_jax.phases.adaptor_start import begin_at_words, words_of_items
 from ilm_jax.phases.item_language_options import (
@@ -51,8 +52,6 @@ from ilm_jax.phases.phase import (
 from ilm_jax.sharding import fetch, place_batch
 from ilm_jax.tasks import recommendation
 
-# How parameters are trained; not what they mean.
-_TRAINING = {'dropout_rate', 'dtype', 'bf16_matmul', 'remat', 'has_text'}
 _TEXT_BRANCH = {'vocab_size', 'max_text_length'}
 
 
@@ -471,7 +470,7 @@ class ItemLanguagePhase(Phase):
     c = self.soft_tokens
     if c is not None:
       values = dataclasses.asdict(c.item_encoder)
-      encoder = {k: v for k, v in values.items() if k not in _TRAINING | _TEXT_BRANCH}
+      encoder = {k: v for k, v in values.items() if k not in HOW_IT_RUNS | _TEXT_BRANCH}
       encoder |= {'normalise': c.normalise, 'skip': c.skip}
       encoder |= {'standardise': True} if c.standardise else {}
       encoder |= {'max_encoder_tokens': c.max_encoder_tokens}

@@ -11,8 +11,8 @@ from ilm_jax.checkpoints.lm.load import default_compute
 from ilm_jax.config_types import make_dataclass
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.layers import Compute
-from ilm_jax.modules.qformer import SIZES, QFormerConfig
 from ilm_jax.modules.soft_tokens import MlpConfig, SoftTokenConfig
+from ilm_jax.phases.qformer_options import qformer_config
 from ilm_jax.tasks import recommendation
 
 
@@ -93,6 +93,7 @@ def soft_token_config(
   d_model: int,
   gain: float,
   d_cf: int,
+  platform: str | None = None,
 ) -> SoftTokenConfig | None:
   """Item encoder and adaptor of `train.item_encoder`; None for 'none'.
 
@@ -103,6 +104,7 @@ def soft_token_config(
     d_model: width of the language model.
     gain: the RMS of its token embeddings.
     d_cf: width of the entity table.
+    platform: of `qformer_config`.
 
   Raises:
     UsageError: an option is unknown, or does not fit.
@@ -120,21 +122,15 @@ def soft_token_config(
         " and what is trained is the language model: train.lm={..., 'trained': True}."
       )
     return None
-  if 'd_encoder' in options:
-    raise UsageError('train.item_encoder.d_encoder is decided by the data: leave it out.')
   normalise, skip = options.pop('normalise', True), options.pop('skip', False)
   standardise = bool(options.pop('adaptor_text', ()))
   if kind == 'mlp':
+    if 'd_encoder' in options:
+      raise UsageError('train.item_encoder.d_encoder is decided by the data: leave it out.')
     values = {**options, 'd_encoder': d_cf}
     encoder: Any = make_dataclass(MlpConfig, values, 'train.item_encoder')
   else:
-    size = options.pop('size', 'minilm')
-    if size not in SIZES:
-      hint = did_you_mean(size, SIZES)
-      raise UsageError(f'train.item_encoder.size={size!r}: one of {", ".join(SIZES)}.{hint}')
-    values = dataclasses.asdict(SIZES[size]) | options
-    values |= {'d_encoder': d_cf, 'has_text': False}
-    encoder = make_dataclass(QFormerConfig, values, 'train.item_encoder')
+    encoder = qformer_config(options, platform, d_encoder=d_cf, has_text=False)
   by_items = text.users == 'items'
   try:
     return SoftTokenConfig(

@@ -25,6 +25,7 @@ from ilm_jax.models.item_text import (
   ItemTextConfig,
   SpecialTokens,
 )
+from ilm_jax.modules.qformer import HOW_IT_RUNS
 from ilm_jax.phases.item_text_steps import ItemTextSteps, encoder_config
 from ilm_jax.phases.phase import (
   HostBatch,
@@ -248,13 +249,11 @@ class ItemTextPhase(Phase):
       yield placed, fetch(placed.pop('example_mask'))
 
   def _identity(self) -> dict[str, Any]:
-    # How parameters are trained is not part of it.
-    training = {'dropout_rate', 'dtype', 'bf16_matmul', 'remat', 'has_text'}
     encoder = dataclasses.asdict(self._encoder)
     return {
       'model': {
         'name': self.name,
-        'item_encoder': {k: v for k, v in encoder.items() if k not in training},
+        'item_encoder': {k: v for k, v in encoder.items() if k not in HOW_IT_RUNS},
         'num_features': self._config.num_features,
         'text_pooling': self._config.text_pooling,
         'vocabulary': self._text.vocabulary,

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.config_types import make_dataclass
 from ilm_jax.data.feature_converter import EntityTextFeatureConverter
-from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.flops import matmul_flops
 from ilm_jax.models import losses
 from ilm_jax.models.item_text import (
@@ -23,7 +21,8 @@ from ilm_jax.models.item_text import (
   ItemTextModel,
   SpecialTokens,
 )
-from ilm_jax.modules.qformer import SIZES, QFormerConfig
+from ilm_jax.modules.qformer import QFormerConfig
+from ilm_jax.phases.qformer_options import qformer_config
 
 # The word embedding is cut over devices, so its rows are a multiple of this.
 _VOCAB_MULTIPLE = 64
@@ -124,27 +123,15 @@ class ItemTextSteps:
     return {name: (rows, length) for name, length in lengths.items()}
 
 
-def encoder_config(options: Mapping[str, Any], *, d_cf: int, vocab_size: int) -> QFormerConfig:
-  """The Q-Former of `train.item_encoder`.
+def encoder_config(
+  options: Mapping[str, Any], *, d_cf: int, vocab_size: int, platform: str | None = None
+) -> QFormerConfig:
+  """The Q-Former of `train.item_encoder`, with its text branch.
 
   Args:
-    options: 'size', and fields of QFormerConfig.
+    options, platform: of `qformer_config`.
     d_cf: width of the entity table.
     vocab_size: of the vocabulary; [DEC] comes behind it.
-
-  Raises:
-    UsageError: an option is unknown, or decided by the data.
   """
-  options = dict(options)
-  size = options.pop('size', 'minilm')
-  if size not in SIZES:
-    raise UsageError(
-      f'train.item_encoder.size={size!r}: one of {", ".join(SIZES)}.{did_you_mean(size, SIZES)}'
-    )
-  for name in ('d_encoder', 'vocab_size'):
-    if name in options:
-      raise UsageError(f'train.item_encoder.{name} is decided by the data: leave it out.')
-  values = dataclasses.asdict(SIZES[size]) | options
-  values['d_encoder'] = d_cf
-  values['vocab_size'] = -(-(vocab_size + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-  return make_dataclass(QFormerConfig, values, 'train.item_encoder')
+  rows = -(-(vocab_size + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+  return qformer_config(options, platform, d_encoder=d_cf, vocab_size=rows)

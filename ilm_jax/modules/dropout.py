@@ -1,0 +1,35 @@
+"""Dropout that draws a byte an element.
+
+`flax.linen.Dropout` draws 32 random bits an element, which in the Q-Former's training step on a CPU
+costs as much as a seventh of its matrix products. A byte is enough to say whether an element stays.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Dropout(nn.Module):
+  """Sets elements to 0 with a probability, and scales the others so that the mean stays.
+
+  Attributes:
+    rate: the probability, which is rounded to a 256th (.1 to 26 / 256), but not to 0.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+    """x, or what is left of it, drawn from the 'dropout' rng."""
+    if deterministic or self.rate == 0:
+      return x
+    dropped = min(max(round(self.rate * 256), 1), 256)
+    keep = random_bytes(self.make_rng('dropout'), x.shape) >= dropped
+    return jnp.where(keep, x * (256 / max(256 - dropped, 1)), jnp.zeros((), x.dtype))
+
+
+def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """uint8, uniform. Words are drawn along the last axis, so that others may be sharded."""
+  *others, last = shape
+  words = jax.random.bits(key, (*others, -(-last // 4)), jnp.uint32)
+  return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*others, -1)[..., :last]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax.modules.dropout import Dropout
-from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm
+from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm, gelu
 from ilm_jax.modules.precision import bf16_dot_general
 from ilm_jax.sharding import constrain, with_axes
 
@@ -303,7 +303,9 @@ class _Mlp(nn.Module):
   def __call__(self, hidden, deterministic):
     c = self.config
     wide = _dense(c, c.d_mlp, ('embed', 'mlp'), 'wi')(hidden)
-    out = _dense(c, c.d_model, ('mlp', 'embed'), 'wo')(nn.gelu(wide, approximate=False))
+    out = _dense(c, c.d_model, ('mlp', 'embed'), 'wo')(
+      gelu(wide, jnp.bfloat16 if c.bf16_matmul else wide.dtype)
+    )
     out = Dropout(c.dropout_rate)(out, deterministic=deterministic)
     return _layer_norm(c, 'norm')(out + hidden)
 

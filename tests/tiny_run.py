@@ -79,7 +79,9 @@ def _write_tokenizer(directory: Path) -> None:
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
-  texts = [file.read_text() for file in recommendation.TEMPLATES.parent.glob('templates*.txt')]
+  # By name: a new file of templates would change every number of every run.
+  files = [recommendation.TEMPLATES.with_name(f'templates{x}.txt') for x in ('', '_films')]
+  texts = [file.read_text() for file in files]
   tokenizer.train_from_iterator([*texts, *map(title, range(NUM_ITEMS))], trainer)
   assert tokenizer.get_vocab_size() == VOCAB
   tokenizer.save(str(directory / 'tokenizer.json'))

@@ -100,7 +100,8 @@ def _stages(output: Path, lm: str, jobs: str, smoke: bool, seed: int) -> list[St
       'mlp': [overlay, *_sources(item_sequence=32)],
     }
     users, texts = 16, 8
-    less = {'fields': "['genres']", 'rankers': "['popularity', 'itemknn_recency']"}
+    rankers = ['popularity', 'itemknn_recency', 'ials_recency']
+    less = {'fields': "['genres']", 'rankers': str(rankers)}
   common = (f'--gin.DATA={data}', f'--gin.SEED={seed}')
 
   def train(name: str, *more: str) -> Stage:

@@ -115,6 +115,7 @@ def _comparisons(ilm: Results, mlp: Results) -> list[dict[str, Any]]:
     (readout, row(mlp, 'readout', 'own')),
     (readout, ilm.row(method='popularity', seen='removed')),
     (readout, ilm.row(method='itemknn_recency', seen='removed')),
+    (readout, ilm.row(method='ials_recency', seen='removed')),
   ]
   return [_comparison(compare(*pair), *pair) for pair in pairs]
 

@@ -96,7 +96,7 @@ def test_the_report_has_what_was_measured(finished):
   assert all(mean in known for mean in means[:3])
   # The others are of a reference: the difference of the means, on the same users.
   own = report['rankings'][0]['metrics']['MRR']['mean']
-  for c, name in zip(report['comparisons'][3:], ('popularity', 'itemknn_recency')):
+  for c, name in zip(report['comparisons'][3:], ('popularity', 'itemknn_recency', 'ials_recency')):
     (row,) = [row for row in rows if row['method'] == name]
     assert c['b'] == name
     difference = own - row['metrics']['MRR']['mean']

@@ -33,10 +33,6 @@ _ABOUT = {'compile': ('train', ('model_dir', 'data'))}
 # Commands that several processes can run together.
 _MULTIPROCESS = ('train', 'evaluate')
 
-# Pages of 2 MB in place of 4 KB for what is allocated in large pieces: XLA on a CPU asks for
-# gigabytes in every step, and a quarter of a million of small pages take as long as a tenth of it.
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command.
@@ -48,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit status: 0; 2 for a mistake in what the user gave, which is told without a traceback;
     130 after Ctrl-C; 141 where nobody reads on. Everything else that goes wrong is raised.
   """
-  if argv is None:
-    _use_huge_pages()
   argv = list(sys.argv[1:] if argv is None else argv)
   # A console script has its own folder on the path; the user's modules are where the user is.
   if os.getcwd() not in sys.path:
@@ -70,13 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is left in the buffer has no reader either; Python would complain of it at the end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141  # as of a program that SIGPIPE ends
-
-
-def _use_huge_pages() -> None:
-  """The C library reads this when a process begins: so the command begins again, in its place."""
-  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
-    os.environ.update(HUGE_PAGES)
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _run(argv: list[str]) -> int:

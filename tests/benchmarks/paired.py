@@ -30,8 +30,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ilm_jax.main import HUGE_PAGES
-
 Run = Callable[[], Mapping[str, float]]
 _WARM_UPS = 2
 _PAUSE = 0.2  # seconds before each turn, for threads of the side before to fall asleep
@@ -119,14 +117,8 @@ class _Worker:
   def __init__(self, name: str, side: Side):
     self._name = name
     command = [sys.executable, __file__, side.file, side.function, json.dumps(side.options)]
-    # As the command `ilm` runs. (To torch's steps small pages are better.)
-    own = HUGE_PAGES if side.function == 'ours' else {}
     self._process = subprocess.Popen(
-      command,
-      env={**os.environ, **own},
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
   def __enter__(self) -> '_Worker':

@@ -23,9 +23,11 @@ class Dropout(nn.Module):
     """x, or what is left of it, drawn from the 'dropout' rng."""
     if deterministic or self.rate == 0:
       return x
-    dropped = min(max(round(self.rate * 256), 1), 256)
+    dropped = max(round(self.rate * 256), 1)
+    if dropped >= 256:  # no byte is as large
+      return jnp.zeros_like(x)
     keep = random_bytes(self.make_rng('dropout'), x.shape) >= dropped
-    return jnp.where(keep, x * (256 / max(256 - dropped, 1)), jnp.zeros((), x.dtype))
+    return jnp.where(keep, x * (256 / (256 - dropped)), jnp.zeros((), x.dtype))
 
 
 def random_bytes(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,7 +1,7 @@
 """Dropout that draws a byte an element.
 
-`flax.linen.Dropout` draws 32 random bits an element, which in the Q-Former's training step on a CPU
-costs as much as a seventh of its matrix products. A byte is enough to say whether an element stays.
+`flax.linen.Dropout` draws 32 random bits an element: .64 CPU-seconds in a training step of the
+Q-Former (docs/performance.md) that has 6 of matrix products. With a byte an element it is .22.
 """
 
 import flax.linen as nn

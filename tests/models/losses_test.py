@@ -386,3 +386,19 @@ def test_a_parameter_that_got_outside_a_clamp_comes_back():
     for _ in range(100):
       x = step(x)
     assert x == pytest.approx(0.5, abs=1e-3)
+
+
+def test_generation_in_bfloat16_is_float32_but_for_rounding():
+  rng = np.random.default_rng(5)
+  states, embedding = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 8), (40, 8)))
+  targets, weights = rng.integers(40, size=(2, 6)), np.ones((2, 6))
+
+  def loss(embedding, bf16_matmul):
+    return losses.generation(
+      states, embedding, targets, weights, label_smoothing=0.1, bf16_matmul=bf16_matmul
+    )[0]
+
+  found, expected = (jax.value_and_grad(loss)(embedding, bf16) for bf16 in (True, False))
+  assert found[0] != expected[0]
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-2)
+  np.testing.assert_allclose(found[1], expected[1], rtol=2e-2, atol=2e-3)

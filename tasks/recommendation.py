@@ -29,13 +29,13 @@ from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.data.rendering import Renderer
 from ilm_jax.data.sources import (
+  Columns,
+  ColumnsPreprocessor,
   HistorySource,
   IndexedSource,
   InteractionSource,
   ItemSource,
   PairSource,
-  map_batches,
-  one_to_one,
   ragged_range_gather,
 )
 from ilm_jax.data.text_tokens import TextTokens
@@ -44,7 +44,6 @@ from ilm_jax.metrics import ranking
 
 TEMPLATES = Path(__file__).parent / 'templates.txt'
 FORMS: Mapping[str, EntityText] = {'title': TITLE_FORM, 'id': ID_FORM}
-_RENDER_BATCH = 64
 
 
 def register_item_language_tasks(
@@ -70,14 +69,11 @@ def register_item_language_tasks(
   rows = texts.rows('item', form, spaced=False, first=True)
   tokens, offsets = tf.constant(rows.tokens), tf.constant(rows.offsets)
 
-  @one_to_one
-  def look_up_text(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    def columns(batch: dict[str, Any]) -> dict[str, Any]:
-      item = batch['item']
-      texts = ragged_range_gather(tokens, tf.gather(offsets, item), tf.gather(offsets, item + 1))
-      return {'entity_ids': item[:, tf.newaxis], 'targets': texts}
-
-    return map_batches(dataset.batch(_RENDER_BATCH), columns)
+  def look_up_text(columns: Columns, lengths: Mapping[str, int]) -> Columns:
+    del lengths  # texts are cut by SeqIO, or by the reader
+    item = columns['item']
+    texts = ragged_range_gather(tokens, tf.gather(offsets, item), tf.gather(offsets, item + 1))
+    return {'entity_ids': item[:, tf.newaxis], 'targets': texts}
 
   features = {
     'targets': seqio.Feature(vocabulary, add_eos=False),
@@ -85,7 +81,13 @@ def register_item_language_tasks(
   }
   name = prepared.name
   settings = (prepared.fingerprint, vocabulary, item_text, max_text_tokens)
-  _add_task(f'{name}_item_text', ItemSource(prepared), [look_up_text], features, settings)
+  _add_task(
+    f'{name}_item_text',
+    ItemSource(prepared),
+    [ColumnsPreprocessor(look_up_text)],
+    features,
+    settings,
+  )
   for kind in ('item_item', 'user_item'):
     _add_task(f'{name}_{kind}', PairSource(prepared, kind), [], features, settings)
   mixtures = {'it': [], 'it_ii': ['item_item'], 'it_ui': ['user_item']}
@@ -239,13 +241,14 @@ def add_prompt_task(
 
   @functools.cache  # a task that is registered but not read tokenises nothing
   def renderer() -> Renderer:
-    return Renderer(
-      templates,
-      texts,
-      num_soft_tokens=num_soft_tokens,
-      entity_text=entity_text,
-      target_continues_prompt=not encoder_decoder,
-    )
+    with tf.init_scope():  # its constants belong to no graph that happens to ask for them first
+      return Renderer(
+        templates,
+        texts,
+        num_soft_tokens=num_soft_tokens,
+        entity_text=entity_text,
+        target_continues_prompt=not encoder_decoder,
+      )
 
   settings = (
     texts,
@@ -258,8 +261,8 @@ def add_prompt_task(
     metric,
   )
   # Cached is the example before rendering: rendering depends on lengths known at run time only.
-  preprocessors = [seqio.CacheDatasetPlaceholder(), functools.partial(render, renderer=renderer)]
-  _add_task(name, source, preprocessors, features, settings, metric)
+  rendered = ColumnsPreprocessor(functools.partial(render, renderer=renderer))
+  _add_task(name, source, [seqio.CacheDatasetPlaceholder(), rendered], features, settings, metric)
 
 
 class EvaluationMetric(NamedTuple):
@@ -297,30 +300,23 @@ RATING = EvaluationMetric('rating', rating_metrics)
 _METRICS = {'sequential': RANKING, 'straightforward': RANKING, 'rating': RATING}
 
 
-@one_to_one
 def render(
-  dataset: tf.data.Dataset,
-  sequence_length: Mapping[str, int] | None = None,
-  *,
-  renderer: Callable[[], Renderer],
-) -> tf.data.Dataset:
-  """SeqIO preprocessor: examples of entity ids -> `inputs`, `targets`, `entity_ids`.
+  columns: Columns, lengths: Mapping[str, int], *, renderer: Callable[[], Renderer]
+) -> Columns:
+  """Columns of entity ids -> `inputs`, `targets`, `entity_ids`.
 
   The scalar columns (user, item, target, rating) are kept beside them for evaluation.
   """
-  lengths = dict(sequence_length or {})
   renderer().check_lengths(lengths)
-  if dataset.element_spec['seed'].shape != [2]:  # SeqIO's caches forget sizes
-    dataset = dataset.map(lambda ex: {**ex, 'seed': tf.ensure_shape(ex['seed'], [2])})
-  scalars = [name for name, spec in dataset.element_spec.items() if spec.shape.rank == 0]
-
-  max_inputs, max_entities = lengths.get('inputs'), lengths.get('entity_ids')
-
-  def columns(batch: dict[str, Any]) -> dict[str, Any]:
-    rendered = renderer().traced(batch, max_inputs=max_inputs, max_entities=max_entities)
-    return {**{name: batch[name] for name in scalars}, **rendered}
-
-  return map_batches(dataset.ragged_batch(_RENDER_BATCH), columns)
+  seed = columns['seed']
+  if isinstance(seed, tf.RaggedTensor):  # SeqIO's caches forget sizes
+    seed = seed.to_tensor()
+  columns = {**columns, 'seed': tf.ensure_shape(seed, [None, 2])}
+  rendered = renderer().traced(
+    columns, max_inputs=lengths.get('inputs'), max_entities=lengths.get('entity_ids')
+  )
+  scalars = {name: column for name, column in columns.items() if column.shape.rank == 1}
+  return {**scalars, **rendered}
 
 
 # ---- the registry

@@ -2,15 +2,17 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import seqio
 import tensorflow as tf
 
+from ilm_jax.data.sources import ragged
+
 FeatureSpec = seqio.FeatureConverter.FeatureSpec
 
-_INDEX = 'index'  # of an example in the data set, for messages
+INDEX = 'index'  # of an example, for messages
 _SHOWN_TOKENS = 64  # of an example, in messages
 
 Window = Mapping[str, tf.RaggedTensor]  # feature -> [n, None] int32
@@ -63,34 +65,47 @@ class WindowFeatureConverter(seqio.FeatureConverter):
     self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
   ) -> tf.data.Dataset:
     names = list(self.TASK_FEATURES)
+    ds = ds.enumerate().map(lambda i, example: {INDEX: i, **{n: example[n] for n in names}})
+    ds = ds.ragged_batch(self.window)
+    traced = self.traced(task_feature_lengths)
+    ds = ds.map(traced, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).unbatch()
+    # Features of length 0 (entity_ids of text-only tasks) are added now: unbatching them crashes.
+    empty = {name: tf.zeros([0], tf.int32) for name in self.empty_features(task_feature_lengths)}
+    return ds.map(lambda example: {**example, **empty}) if empty else ds
+
+  def empty_features(self, task_feature_lengths: Mapping[str, int]) -> list[str]:
+    """The model features of length 0, which `traced` leaves out."""
+    lengths = self.get_model_feature_lengths(task_feature_lengths)
+    return [name for name, size in lengths.items() if not size]
+
+  def traced(
+    self, task_feature_lengths: Mapping[str, int]
+  ) -> Callable[[Mapping[str, Any]], dict[str, tf.Tensor]]:
+    """The conversion of a window, traced once for all pipelines of this converter.
+
+    Args:
+      task_feature_lengths: as in SeqIO.
+
+    Returns:
+      A function from the task features of n examples, and `index` [n] int64 (what messages call
+      them), to model features [rows, its length]. It fails while iterating where an example is
+      wrong.
+    """
     lengths = dict(self.get_model_feature_lengths(task_feature_lengths))
 
     def convert(window: Mapping[str, Any]) -> dict[str, tf.Tensor]:
-      examples = {name: _ragged(window[name]) for name in names}
-      checks = [_too_long(n, examples[n], task_feature_lengths[n]) for n in names]
+      examples = {name: ragged(window[name]) for name in self.TASK_FEATURES}
+      checks = [_too_long(n, x, task_feature_lengths[n]) for n, x in examples.items()]
       checks += self.checks(examples)
-      with tf.control_dependencies([_assert_none_wrong(checks, examples, window[_INDEX])]):
+      with tf.control_dependencies([_assert_none_wrong(checks, examples, window[INDEX])]):
         # What is made of these copies waits for the checks.
         examples = {n: x.with_values(tf.identity(x.values)) for n, x in examples.items()}
       features = self.convert_window(examples, lengths)
       return {n: tf.ensure_shape(features[n], [None, size]) for n, size in lengths.items() if size}
 
-    ds = ds.enumerate().map(lambda i, example: {_INDEX: i, **{n: example[n] for n in names}})
-    ds = ds.ragged_batch(self.window)
-    # Traced once for all pipelines of this converter (autograph has nothing to convert).
+    # Autograph has nothing to convert.
     key = tuple(sorted(task_feature_lengths.items()))
-    traced = self._traced.setdefault(key, tf.function(convert, autograph=False))
-    ds = ds.map(traced, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    ds = ds.unbatch()
-    # Features of length 0 (entity_ids of text-only tasks) are added now: unbatching them crashes.
-    empty = {name: tf.zeros([0], tf.int32) for name, size in lengths.items() if not size}
-    return ds.map(lambda example: {**example, **empty}) if empty else ds
-
-
-def _ragged(feature: tf.Tensor | tf.RaggedTensor) -> tf.RaggedTensor:
-  """Features whose length SeqIO knows (pairs of entities) are batched as rectangles."""
-  is_ragged = isinstance(feature, tf.RaggedTensor)
-  return feature if is_ragged else tf.RaggedTensor.from_tensor(feature)
+    return self._traced.setdefault(key, tf.function(convert, autograph=False))
 
 
 def count_per_example(feature: tf.RaggedTensor, token: int) -> tf.Tensor:

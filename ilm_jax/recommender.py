@@ -36,7 +36,7 @@ from ilm_jax.phases.item_language import ItemLanguagePhase
 from ilm_jax.phases.settings import restore_phase
 
 Ranking = list[tuple[int, float]]
-_ROWS = 16  # prompts that are scored at once
+_ROWS = 16  # prompts that are scored at once, at least; as many as split evenly over a mesh
 _LENGTHS = 32  # a length is a multiple of it; a longer one, of more
 _ITEM = '{item}'
 
@@ -182,12 +182,11 @@ class Recommender:
     params = self.params if params is None else params
     frozen = self.frozen if frozen is None else frozen
     plan = plan or self.phase.plan
-    return np.concatenate(
-      [
-        np.asarray(self._exact(params, frozen, plan, bias, *part))[:size]
-        for part, size in self._batches(prompts)
-      ]
-    )
+    scores = [
+      sharding.fetch(self._exact(params, frozen, plan, bias, *self._placed(part)))[:size]
+      for part, size in self._batches(prompts)
+    ]
+    return np.concatenate(scores)
 
   @functools.cached_property
   def _exact(self):
@@ -240,11 +239,13 @@ class Recommender:
       if forbidden is not None:
         mask = np.zeros((len(part[1]), self.prepared.num_items), bool)
         mask[:size] = forbidden[start : start + size]
+      mask, part = self._placed((mask, part))
       found = self._beam(
         params, frozen, self.phase.trie, self.catalogue_bias, mask, *part, size=beam_size
       )
-      items.append(np.asarray(found.items)[:size])
-      log_probs.append(np.asarray(found.log_probs)[:size])
+      found = sharding.fetch(found)
+      items.append(found.items[:size])
+      log_probs.append(found.log_probs[:size])
       start += size
     return np.concatenate(items), np.concatenate(log_probs)
 
@@ -297,7 +298,8 @@ class Recommender:
     """
     if self.phase.model.soft_tokens is None:
       raise UsageError('this run was trained on text alone: it has no soft tokens.')
-    return np.asarray(self._encode(self.params, self.frozen, jnp.asarray(entities)).soft_tokens)
+    encoded = self._encode(self.params, self.frozen, jnp.asarray(entities))
+    return sharding.fetch(encoded.soft_tokens)
 
   @functools.cached_property
   def _encode(self):
@@ -407,17 +409,22 @@ class Recommender:
     step = max(_LENGTHS, bucket(most, least=1) // 4)
     length = -(-most // step) * step
     entities = bucket(prompts.entity_ids.shape[1], least=1)
-    for start in range(0, len(prompts.lengths), _ROWS):
-      part = prompts.rows(slice(start, start + _ROWS))
+    rows = sharding.rows_for(_ROWS, self.phase.inputs.mesh)
+    for start in range(0, len(prompts.lengths), rows):
+      part = prompts.rows(slice(start, start + rows))
       size = len(part.lengths)
-      tokens = np.zeros((_ROWS, length), np.int32)
-      ids = np.full((_ROWS, entities), -1, np.int32)
+      tokens = np.zeros((rows, length), np.int32)
+      ids = np.full((rows, entities), -1, np.int32)
       width = min(length, part.tokens.shape[1])
       tokens[:size, :width] = part.tokens[:, :width]
       ids[:size, : part.entity_ids.shape[1]] = part.entity_ids
-      lengths = np.zeros(_ROWS, np.int32)
+      lengths = np.zeros(rows, np.int32)
       lengths[:size] = part.lengths
       yield Prompts(tokens, lengths, ids), size
+
+  def _placed(self, tree: Any) -> Any:
+    """Rows, on the devices that score them."""
+    return sharding.place_rows(tree, self.phase.inputs.mesh)
 
   def _method(self, method: str | None) -> str:
     if method is None:

@@ -212,6 +212,20 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
   return placed
 
 
+def place_rows(tree: Any, mesh: Mesh) -> Any:
+  """Global arrays of [rows, ...] that every process has whole, split over BATCH_AXES evenly."""
+  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree
+  )
+
+
+def rows_for(least: int, mesh: Mesh) -> int:
+  """How many rows, `least` or more, split over BATCH_AXES evenly."""
+  parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  return -(-least // parts) * parts
+
+
 def place_constants(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
   """The arrays of a tree on the devices, with `shardings_of`; unboxed values are returned.
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from ilm_jax.metrics import ranking
 from ilm_jax.recommender import Recommender
 from ilm_jax.results import Results
 from ilm_jax.train import train
-from tests import tiny_run
+from tests import eight_devices, tiny_run
 from tests.evaluations import (
   CONDITIONS,
   SEQUENTIAL,
@@ -33,6 +36,28 @@ FILES = ['evaluation.json', 'evaluation.txt', 'ranks.npz']
 
 
 # ---------------------------------------------------------------- what it leaves
+
+
+def test_eight_devices_share_the_rows_and_find_the_same(tmp_path, run, results):
+  flags = {'name': 'eight', 'tasks': [SEQUENTIAL], 'methods': ['readout', 'exact', 'beam']}
+  flags |= {'conditions': ['own'], 'rankers': [], 'beam_size': 30}
+  mesh = {'data': 2, 'fsdp': 2, 'tensor': 2}
+  done = subprocess.run(
+    [sys.executable, '-m', 'ilm_jax.main', *words(run, tmp_path / 'eight', mesh=mesh, **flags)],
+    env={**os.environ, **eight_devices.ENVIRONMENT},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  found = Results.load(tmp_path / 'eight').rows
+  assert len(found) == 6
+  for row in found:
+    way = {name: getattr(row, name) for name in ('task', 'method', 'condition', 'seen')}
+    expected = results.row(**way)
+    np.testing.assert_array_equal(row.users, expected.users)
+    # Scores that are nearly equal may change places.
+    moved = np.abs(row.ranks.better - expected.ranks.better)
+    assert moved.max() <= 1 and np.mean(moved > 0) < 0.1, (way, moved)
 
 
 def test_the_files(evaluated, results):

@@ -49,7 +49,7 @@ from ilm_jax.phases.phase import (
   load_table,
   open_reader,
 )
-from ilm_jax.sharding import fetch, place_batch
+from ilm_jax.sharding import fetch, place_batch, place_rows
 from ilm_jax.tasks import recommendation
 
 _TEXT_BRANCH = {'vocab_size', 'max_text_length'}
@@ -248,8 +248,8 @@ class ItemLanguagePhase(Phase):
         for row, user in zip(ids, some):
           items = history.items[history.offsets[user] : history.offsets[user + 1]][-length:]
           row[: len(items)] = items
-        batch = place_batch({'ids': ids}, self.inputs.mesh)
-        out = fetch(self._readout(params, frozen, batch['ids'], vectors))[: len(some)]
+        placed = place_rows(ids, self.inputs.mesh)
+        out = fetch(self._readout(params, frozen, placed, vectors))[: len(some)]
         empty = np.all(ids[: len(some)] < 0, axis=1)
         found[start : start + rows] = np.where(empty[:, None], np.log(self.counts + 1.0), out)
       return found

@@ -62,7 +62,7 @@ EXTRAS = {
   'cuda': ['jax[cuda13]'],  # drivers from 580 on; for older ones jax[cuda12], by hand
   'demo': [],  # the demo's data and models are fetched on first use; nothing more to install
   'beam': ['apache-beam>=2.70,<3', 'google-crc32c'],
-  'torch': ['accelerate', 'torch>=2.4', 'transformers>=5.0,<6'],  # accelerate: GGUF files
+  'torch': ['accelerate', 'torch>=2.4', 'transformers>=5.24,<6'],  # accelerate: GGUF files
   # What T5X needs beside it. T5X itself is on no registry, and goes in without its requirements,
   # which would replace ours: docs/t5x.md.
   't5x': ['cached_property', 'chex', 'fiddle>=0.2.5', 'grain', 'jaxtyping'],

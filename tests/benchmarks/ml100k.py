@@ -74,7 +74,10 @@ def following(titles: list[list[int]]) -> dict[tuple[int, ...], list[int]]:
 
 
 def torch_lm(dtype: str) -> Any:
-  """The same weights in transformers, which dequantises the same GGUF file itself."""
+  """The same weights in transformers, which dequantises the same GGUF file itself.
+
+  Left packed, as by default, each product would unpack its weights again: many times slower here.
+  """
   os.environ.setdefault('TQDM_DISABLE', '1')  # which is looked at when it is imported
   import torch
   import transformers
@@ -83,7 +86,11 @@ def torch_lm(dtype: str) -> Any:
 
   file = fetch(LM)
   return transformers.AutoModelForCausalLM.from_pretrained(
-    file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), attn_implementation='sdpa'
+    file.parent,
+    gguf_file=file.name,
+    quantization_config=transformers.GgufConfig(dequantize=True),
+    dtype=getattr(torch, dtype),
+    attn_implementation='sdpa',
   ).eval()
 
 

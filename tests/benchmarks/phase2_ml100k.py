@@ -66,7 +66,7 @@ def train_all(output: Path, seeds: list[int]) -> None:
       schedule = "--gin.SCHEDULE=['item_sequence']"
       ilm('train', *flags, f'--gin.MODEL_DIR={run}', *common, *before, schedule, *every(STEPS))
       if not (run / 'evaluation_test').exists():
-        wanted = ["--methods=['readout']", "--conditions=['own']", "--fields=[]", '--max_texts=1']
+        wanted = ["--methods=['readout']", "--conditions=['own']", '--fields=[]', '--max_texts=1']
         ilm('evaluate', f'--model_dir={run}', f'--name={name}', *wanted)
 
 

@@ -167,14 +167,14 @@ class BatchReader:
     if skip:
       # The first window has been taken in part: count the examples in its rows that are skipped.
       first = windows.take(1).batch(1).map(positions)
-      taken = next(_batches(self._stream, first, converter, lengths, rows=skip).as_numpy_iterator())
+      taken = next(_iterate(_batches(self._stream, first, converter, lengths, rows=skip)))
       self._examples_seen[i] = taken['decoder_segment_ids'].max(axis=1).sum()
     # What is packed together is one window.
     chunks = windows.batch(1 if self._packed else max(1, _CHUNK // self._window)).map(positions)
     batches = _batches(
       self._stream, chunks, converter, lengths, rows=self._shards.rows_per_shard, skip=skip
     )
-    return batches.prefetch(2).as_numpy_iterator()
+    return _iterate(batches.prefetch(2))
 
   def _advance(self, i: int, part: Mapping[str, np.ndarray]) -> None:
     if not self._packed:
@@ -226,7 +226,7 @@ def read_once(
     stream, windows, converter, task_feature_lengths, rows=rows, drop_remainder=False
   )
   specs = dataset.element_spec
-  batches = dataset.prefetch(2).as_numpy_iterator()
+  batches = _iterate(dataset.prefetch(2))
   for _ in range(steps):
     found = next(batches, None)
     batch = {
@@ -238,6 +238,16 @@ def read_once(
       count = len(value)
       batch[key][:count] = value
     yield {**batch, 'example_mask': np.arange(rows) < count}
+
+
+def _iterate(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
+  """Its elements, without tf.data's tuning, whose thread may take a minute to see that it is to end.
+
+  Whoever drops the iterator waits for that thread, and holds the interpreter's lock meanwhile.
+  """
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  return dataset.with_options(options).as_numpy_iterator()
 
 
 def _batches(

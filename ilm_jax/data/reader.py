@@ -241,7 +241,7 @@ def read_once(
 
 
 def _iterate(dataset: tf.data.Dataset) -> Iterator[dict[str, np.ndarray]]:
-  """Its elements, without tf.data's tuning, whose thread may take a minute to see that it is to end.
+  """Its elements, without tf.data's tuning: its thread may take a minute to see that it is to end.
 
   Whoever drops the iterator waits for that thread, and holds the interpreter's lock meanwhile.
   """

@@ -1,6 +1,7 @@
 """The `ilm` command: `ilm COMMAND --flag=value ...`. Each command is one function of one module."""
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -49,8 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   if os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # or it tells of each library it lacks
+  # It reads data here, no more: without this, it says that it cannot do it for int64.
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   # A program that was compiled once is not compiled again, by a restart or by the next run.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
+  # Imports and tracing make millions of objects that stay. Looked through for garbage as often as
+  # is usual, they take a fifth of the time to the first step.
+  gc.set_threshold(100_000, 20, 100)
   try:
     return _run(argv)
   except UsageError as error:

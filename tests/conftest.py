@@ -1,6 +1,7 @@
 """What tests share: which of them run, and data to run on."""
 
 import fcntl
+import gc
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from ilm_jax.data.fetch import cache_dir
 # Before anything imports JAX: what one test, process or run has compiled, the others find.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
+# Most of the time goes into compiling programs that then run for moments.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import numpy as np
 import pytest
@@ -22,6 +25,8 @@ import pytest
 from ilm_jax.data.preparation import PreparationOptions, prepare
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.data.raw import RawData
+
+gc.set_threshold(100_000, 20, 100)  # as the command does (main.py)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -10,6 +10,7 @@ MODEL_DIR/
 import functools
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -236,8 +237,9 @@ def train(
         rows = next(readers[source])
         batch = sharding.place_batch(rows, devices)
         with progress.compiling(source):  # which the first call of each source does
+          window.count_flops(source, rows, state.params, frozen)
           state, metrics = train_step(state, frozen, batch, key, source=source)
-          window.add(step, source, rows, metrics, state.params, frozen)
+        window.add(step, source, rows, metrics)
         progress.step(step)
 
         stopping = stop.asked(step)  # once a step: a signal may come at any line
@@ -390,17 +392,23 @@ class _Window:
     self._leaves = leaves
     self._steps: list[tuple[int, str, dict[str, jax.Array]]] = []
     self._counts: dict[str, int] = {}
-    self._flops: dict[str, int] = {}
+    self._flops: dict[str, Future[int]] = {}
+    self._counting = ThreadPoolExecutor(max_workers=1)
     self._mean_flops = 0.0  # of the steps that were fetched last
     self._peak = peak
     self._parts = parts  # of a batch, one of which is here
 
-  def add(self, step, source, rows, metrics, params, frozen) -> None:
+  def count_flops(self, source: str, rows: Any, params: Any, frozen: Any) -> None:
+    """Of a source's step, once, in a thread: it takes seconds of tracing."""
+    if source not in self._flops:
+      # Shapes: the step gives up its parameters.
+      params, frozen = jax.eval_shape(lambda *args: args, params, frozen)
+      self._flops[source] = self._counting.submit(self._phase.flops, params, frozen, rows, source)
+
+  def add(self, step, source, rows, metrics) -> None:
     self._steps.append((step, source, metrics))
     for name, count in self._phase.count(source, rows).items():
       self._counts[name] = self._counts.get(name, 0) + count * self._parts
-    if source not in self._flops:
-      self._flops[source] = self._phase.flops(params, frozen, rows, source) * self._parts
 
   def fetch(self) -> tuple[dict[str, float], dict[str, int]]:
     """Means of the metrics, and sums of what was counted; the window is empty afterwards.
@@ -416,7 +424,8 @@ class _Window:
       for name, value in fetched.items():
         values.setdefault(f'{source}/{name}', []).append(float(value))
     sources = [source for _, source, _ in self._steps]
-    self._mean_flops = sum(self._flops[source] for source in sources) / max(len(sources), 1)
+    counted = [self._flops[source].result() * self._parts for source in sources]
+    self._mean_flops = sum(counted) / max(len(counted), 1)
     counts, self._counts, self._steps = self._counts, {}, []
     return {name: float(np.mean(value)) for name, value in values.items()}, counts
 

@@ -16,7 +16,7 @@ from ilm_jax.data.fetch import cache_dir
 # Before anything imports JAX: what one test, process or run has compiled, the others find.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
-# Most of the time goes into compiling programs that then run for moments.
+# Most of the time goes into compiling programs that then run for moments. Not for `make parity`.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import numpy as np

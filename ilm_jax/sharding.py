@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import flax.linen.spmd as logical
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -210,6 +211,16 @@ def place_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
       )
     placed[name] = jax.make_array_from_process_local_data(sharding, rows)
   return placed
+
+
+def abstract_batch(
+  shapes: Mapping[str, tuple[int, ...]], mesh: Mesh, dtype: Any = jnp.int32
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and shardings of global batches, as of `place_batch`."""
+  by_rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return {
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows) for name, shape in shapes.items()
+  }
 
 
 def place_rows(tree: Any, mesh: Mesh) -> Any:

@@ -9,7 +9,7 @@ MODEL_DIR/
 
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -192,16 +192,28 @@ def train(
     if (running := config_files.running()) and jax.process_index() == 0:
       running.save(model_dir)
 
-    # -------------------------------------------------- the state: latest -> path -> scratch
+    # ------------------------------------- one step of training, compiled while its state is made
     key = jax.random.key(seed)
-    positions: Mapping[str, Any] = {}
+    start = checkpoints.latest_step() or 0
+    frozen = sharding.place_constants(phase.frozen, devices, rules)
     like = abstract_state(phase, optimizer, devices, rules)
-    if checkpoints.latest_step() is not None:
-      start, state, positions = checkpoints.restore(like)
+    train_step = jit_step(phase, optimizer, accumulate_steps, like)
+
+    def lower(source: str) -> jax.stages.Lowered:
+      batch = sharding.abstract_batch(phase.batch_shapes(source, sizes[source]), devices)
+      return train_step.lower(like, frozen, batch, key, source=source)
+
+    steps = _CompiledSteps(lower)
+    if start < total_steps:
+      steps.begin(schedule[start % len(schedule)])
+
+    # -------------------------------------------------- the state: latest -> path -> scratch
+    positions: Mapping[str, Any] = {}
+    if start:
+      _, state, positions = checkpoints.restore(like)
       done = ': nothing is left to do' if start >= total_steps else ''
       _say(f'going on from step {start:,} of {total_steps:,} in {model_dir}{done}')
     else:
-      start = 0
       if restore_from:
         params = restore_params(restore_from, like.params, identity=phase.identity)
         _say(f'beginning with the parameters of {restore_from}')
@@ -210,12 +222,7 @@ def train(
         params = phase.load_pretrained(params, _say)
       opt_state = sharding.init_mirrored(optimizer.init, params, devices)
       state = TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state)
-    frozen = sharding.place_constants(phase.frozen, devices, rules)
-    if start == 0:
       _say(sharding.parameter_table(state.params, frozen))
-
-    # ---------------------------------------------------------------------- one step of training
-    train_step = jit_step(phase, optimizer, accumulate_steps)
     leaves = list(traverse_util.flatten_dict(state.params, sep='/'))
     readers = {
       source: phase.reader(source, _taken(schedule, source, start), _position(positions, source))
@@ -236,9 +243,10 @@ def train(
         profile.step(step, state)
         rows = next(readers[source])
         batch = sharding.place_batch(rows, devices)
-        with progress.compiling(source):  # which the first call of each source does
+        with progress.compiling(source):
           window.count_flops(source, rows, state.params, frozen)
-          state, metrics = train_step(state, frozen, batch, key, source=source)
+          compiled_step = steps[source]
+        state, metrics = compiled_step(state, frozen, batch, key)
         window.add(step, source, rows, metrics)
         progress.step(step)
 
@@ -306,10 +314,16 @@ def make_optimizer(
   return optax.chain(*parts)
 
 
-def jit_step(phase: Trained, optimizer: optax.GradientTransformation, parts: int) -> Any:
-  """(state, frozen, batch, key, source=...) -> (state, metrics), the old state given up for it."""
+def jit_step(
+  phase: Trained, optimizer: optax.GradientTransformation, parts: int, state: TrainState
+) -> Any:
+  """(state, frozen, batch, key, source=...) -> (state, metrics), the old state given up for it.
+
+  The new state is where the old one was; `state`, arrays or shapes, says where.
+  """
   step_of = functools.partial(_train_step, phase=phase, optimizer=optimizer, parts=parts)
-  return jax.jit(step_of, static_argnames='source', donate_argnums=0)
+  stays = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(step_of, static_argnames='source', donate_argnums=0, out_shardings=(stays, None))
 
 
 def abstract_state(phase: Trained, optimizer: Any, mesh: Any, rules: Any) -> TrainState:
@@ -382,6 +396,24 @@ def _is_decayed(params: Any) -> Any:
 
 def _is_of_item_encoder(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == 'item_encoder', params)
+
+
+class _CompiledSteps:
+  """The training step of each source, compiled once."""
+
+  def __init__(self, lower: Callable[[str], jax.stages.Lowered]):
+    self._lower = lower
+    self._compiled: dict[str, Future[jax.stages.Compiled]] = {}
+    self._compiling = ThreadPoolExecutor(max_workers=1)
+
+  def begin(self, source: str) -> None:
+    """Traces a step here, and compiles it in a thread: XLA works without Python meanwhile."""
+    if source not in self._compiled:
+      self._compiled[source] = self._compiling.submit(self._lower(source).compile)
+
+  def __getitem__(self, source: str) -> jax.stages.Compiled:
+    self.begin(source)
+    return self._compiled[source].result()
 
 
 class _Window:

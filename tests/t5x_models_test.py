@@ -192,7 +192,7 @@ def check_steps(phase, folder, devices, **change):
   optimizer = optax.sgd(LEARNING_RATES)
   frozen = sharding.place_constants(other.frozen, mesh, sharding.DEFAULT_RULES)
   state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, optimizer.init(params))
-  step = jit_step(other, optimizer, 1)
+  step = jit_step(other, optimizer, 1, state)
   for i, source in enumerate(SCHEDULES[phase]):
     rows = next(batches)
     own = sharding.place_batch(next(other.reader(source, 0, None)), mesh)

@@ -169,11 +169,7 @@ class _Context(NamedTuple):
 
   def batch(self, shapes: Mapping[str, tuple[int, ...]], dtype: Any = jnp.int32) -> Any:
     """Arrays that are split by rows."""
-    rows = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-    by_rows = jax.sharding.NamedSharding(self.mesh, rows)
-    return {
-      name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_rows) for name, shape in shapes.items()
-    }
+    return sharding.abstract_batch(shapes, self.mesh, dtype)
 
   def entity_vectors(self) -> Any:
     """As `boxed_vectors` of a phase."""
@@ -199,7 +195,7 @@ class _Context(NamedTuple):
       item_encoder_rate=job['item_encoder_rate'],
     )
     state = abstract_state(steps, optimizer, self.mesh, self.rules)
-    step = jit_step(steps, optimizer, job['accumulate_steps'])
+    step = jit_step(steps, optimizer, job['accumulate_steps'], state)
     key = self.placed(lambda: jax.random.key(0))
 
     def program(source: str) -> Program:

@@ -162,6 +162,9 @@ class ItemLanguagePhase(Phase):
       position=position,
     )
 
+  def batch_shapes(self, source: str, rows: int) -> dict[str, tuple[int, ...]]:
+    return self.steps.batch_shapes(source, rows, pack=self.text.pack)
+
   def init(self, key: jax.Array) -> Any:
     return self.steps.init(key)
 

@@ -141,6 +141,9 @@ class ItemTextPhase(Phase):
       position=position,
     )
 
+  def batch_shapes(self, source: str, rows: int) -> dict[str, tuple[int, ...]]:
+    return self.steps.batch_shapes(source, rows)
+
   def init(self, key: jax.Array) -> Any:
     return self.model.init(key)
 

@@ -84,6 +84,10 @@ class Phase(abc.ABC):
     """
 
   @abc.abstractmethod
+  def batch_shapes(self, source: str, rows: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a source's global batch of so many rows; all arrays are int32."""
+
+  @abc.abstractmethod
   def init(self, key: jax.Array) -> Any:
     """Random parameters, boxed with their logical axes. Runs under jit."""
 

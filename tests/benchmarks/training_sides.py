@@ -116,7 +116,7 @@ def begin(job: Mapping[str, Any], steps: Any, directory: Path) -> tuple[Any, Any
   )
   opt_state = sharding.init_mirrored(optimizer.init, params, mesh)
   state = train.TrainState(sharding.replicate(jnp.zeros((), jnp.int32), mesh), params, opt_state)
-  return mesh, rules, state, train.jit_step(steps, optimizer, job['accumulate_steps'])
+  return mesh, rules, state, train.jit_step(steps, optimizer, job['accumulate_steps'], state)
 
 
 def _noisy(params: Any) -> Any:

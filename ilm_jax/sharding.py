@@ -56,6 +56,7 @@ DEFAULT_RULES: Rules = (
   ('entities', MESH_AXES),
 )
 KNOWN_AXES = tuple(axis for axis, _ in DEFAULT_RULES)
+_OF_ACTIVATIONS = ('batch', 'length', 'activation_embed')  # no array that is kept has them
 
 _path = functools.partial(keystr, simple=True, separator='/')
 
@@ -87,8 +88,20 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
-  """Gives `constrain` its meaning in the steps traced inside. Outside, it does nothing."""
+  """Gives `constrain` its meaning in the steps traced inside. Outside, it does nothing.
+
+  Raises UsageError for rules that are wrong, and for a tensor axis that would split no weights.
+  """
   check_rules(rules)
+  tensor = MESH_AXES[-1]
+  if mesh.shape[tensor] > 1 and not any(
+    tensor in _names(target) for axis, target in rules if axis != 'entities'
+  ):
+    raise UsageError(
+      f'mesh={dict(mesh.shape)}: no sharding rule splits weights over {tensor!r}, so that its'
+      f' {mesh.shape[tensor]} devices would all do the same. Let a rule name it, for mlp, heads or'
+      ' vocab, or give its devices to data or fsdp.'
+    )
   # Not `with mesh:`, under which linen's constraints do nothing and say nothing.
   with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
     yield
@@ -121,6 +134,22 @@ def check_rules(rules: Rules) -> None:
     seen[axis] = target
     if axis == 'batch' and _names(target) != BATCH_AXES:
       raise UsageError(f'{rule}: must be {BATCH_AXES}, where place_batch puts the rows.')
+
+
+def check_changes(changes: Rules, *boxed: Any) -> None:
+  """Raises UsageError for a change of the rules that changes nothing: no array has its axis.
+
+  Args:
+    changes: rules that were given in place of default ones.
+    boxed: trees of all arrays of a job, in boxes.
+  """
+  used = {name for leaf in jax.tree.leaves(boxed, is_leaf=_is_box) for name in _axes(leaf)}
+  for axis, target in changes:
+    if axis in KNOWN_AXES and axis not in {*used, *_OF_ACTIVATIONS}:
+      raise UsageError(
+        f'sharding rule ({axis!r}, {target!r}): no array of this job has the axis {axis!r}, so that'
+        f' the rule would do nothing. Remove it; there are {", ".join(sorted(used))}.'
+      )
 
 
 def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
@@ -159,10 +188,15 @@ def shardings_of(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
   return tree_map_with_path(sharding, boxed, is_leaf=_is_box)
 
 
+def boxed_shapes(init: Callable[..., Any], *args: Any) -> Any:
+  """Shapes of what `init(*args)` returns, in boxes."""
+  with nn.logical_axis_rules(()):  # how a dummy batch is split is nobody's business
+    return jax.eval_shape(init, *args)
+
+
 def abstract_init(init: Callable[..., Any], mesh: Mesh, rules: Rules, *args: Any) -> Any:
   """The shapes and shardings of `init_sharded`, without running it."""
-  with nn.logical_axis_rules(()):  # how a dummy batch is split is nobody's business
-    boxed = jax.eval_shape(init, *args)
+  boxed = boxed_shapes(init, *args)
   shardings = shardings_of(boxed, mesh, rules)
   return jax.tree.map(lambda x, sharding: x.update(sharding=sharding), _unbox(boxed), shardings)
 
@@ -309,6 +343,10 @@ def _names(target: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def _unknown(kind: str, name: str, allowed: Sequence[str]) -> str:
   return f'no {kind} {name!r}; there are {", ".join(allowed)}.{did_you_mean(name, allowed)}'
+
+
+def _axes(leaf: Any) -> tuple[str, ...]:
+  return tuple(name for name in leaf.names if name) if _is_box(leaf) else ()
 
 
 def _is_box(leaf: Any) -> bool:

@@ -194,6 +194,9 @@ def train(
 
     # ------------------------------------- one step of training, compiled while its state is made
     key = jax.random.key(seed)
+    if sharding_rules:
+      changes = tuple(sharding_rules.items())
+      sharding.check_changes(changes, sharding.boxed_shapes(phase.init, key), phase.frozen)
     start = checkpoints.latest_step() or 0
     frozen = sharding.place_constants(phase.frozen, devices, rules)
     like = abstract_state(phase, optimizer, devices, rules)

@@ -76,6 +76,25 @@ def test_the_batch_is_split_as_it_is_placed():
     sharding.check_rules((('batch', 'data'), *RULES[1:]))
 
 
+def test_a_tensor_axis_that_splits_no_weights_is_an_error():
+  whole = tuple((axis, None) if target == 'tensor' else (axis, target) for axis, target in RULES)
+  message = r"'tensor': 4\}: no sharding rule splits weights over 'tensor'.* 4 devices"
+  with (
+    pytest.raises(UsageError, match=message),
+    sharding.use_mesh(abstract_mesh(1, 2, 4), whole),
+  ):
+    pass
+
+
+def test_a_change_of_the_rules_that_changes_nothing_is_an_error():
+  trees = boxed(w=((64, 32), ('embed', 'mlp'))), {'count': jnp.zeros(())}
+  sharding.check_changes((('embed', None), ('length', None)), *trees)
+  with pytest.raises(
+    UsageError, match=r"\('queries', 'tensor'\): no array .* there are embed, mlp"
+  ):
+    sharding.check_changes((('queries', 'tensor'),), *trees)
+
+
 @pytest.mark.parametrize(
   ('shape', 'axes', 'rules', 'message'),
   [

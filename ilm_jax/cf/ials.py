@@ -37,7 +37,6 @@ FACTORS = 32
 REGULARIZATION = 5.0
 ALPHA = 4.0
 ITERATIONS = 15
-_PAIRS = 1 << 18  # that are scored at once
 
 
 def fit(
@@ -90,6 +89,7 @@ def fit(
 
   import threadpoolctl  # with implicit, only when vectors are fitted
   from implicit.als import AlternatingLeastSquares
+  from implicit.cpu._als import calculate_loss  # no public name gives it behind the fit
 
   start = time.monotonic()
   # One BLAS thread: implicit runs its own over the rows, and more would fight them for the cores.
@@ -106,17 +106,17 @@ def fit(
       random_state=seed,
     )
     model.fit(matrix, show_progress=progress)
-  user_vectors, item_vectors = np.asarray(model.user_factors), np.asarray(model.item_factors)
+    user_vectors, item_vectors = np.asarray(model.user_factors), np.asarray(model.item_factors)
 
-  # Conjugate gradient leaves a trace of the random start where there is nothing to fit.
-  cold_users = np.diff(matrix.indptr) == 0
-  cold_items = np.bincount(matrix.indices, minlength=num_items) == 0
-  user_vectors[cold_users] = 0
-  item_vectors[cold_items] = 0
+    # Conjugate gradient leaves a trace of the random start where there is nothing to fit.
+    cold_users = np.diff(matrix.indptr) == 0
+    cold_items = np.bincount(matrix.indices, minlength=num_items) == 0
+    user_vectors[cold_users] = 0
+    item_vectors[cold_items] = 0
+    loss = calculate_loss(matrix * alpha, user_vectors, item_vectors, regularization, num_threads)
 
   observed = alpha * matrix.nnz
   weight = observed + len(user_vectors) * num_items - matrix.nnz
-  loss = _objective(matrix, user_vectors, item_vectors, regularization, alpha) / weight
   zero_loss = observed / weight
   if loss > 0.9999 * zero_loss:
     raise UsageError(
@@ -140,27 +140,6 @@ def fit(
     'seconds': time.monotonic() - start,
   }
   return user_vectors, item_vectors, report
-
-
-def _objective(
-  matrix: sparse.csr_matrix,
-  user_vectors: np.ndarray,
-  item_vectors: np.ndarray,
-  regularization: float,
-  alpha: float,
-) -> float:
-  """What is minimised; see the module's docstring."""
-  users, items = (x.astype(np.float64) for x in (user_vectors, item_vectors))
-  # All pairs by Gram matrices; then the observed ones are taken out and put in as they are.
-  total = np.sum((users.T @ users) * (items.T @ items))
-  total += regularization * (np.square(users).sum() + np.square(items).sum())
-  rows = np.repeat(np.arange(len(users), dtype=np.int32), np.diff(matrix.indptr))
-  for start in range(0, matrix.nnz, _PAIRS):
-    some = slice(start, start + _PAIRS)
-    scores = np.einsum('pd,pd->p', user_vectors[rows[some]], item_vectors[matrix.indices[some]])
-    scores = scores.astype(np.float64)
-    total += np.sum(alpha * np.square(1 - scores) - np.square(scores))
-  return float(total)
 
 
 def _check_settings(**settings: float) -> None:

@@ -257,6 +257,19 @@ def test_programs_without_data_are_those_with_data(films, words):
     }
 
 
+def test_a_large_catalogue_is_split_where_it_fills_its_parts(films):
+  data, lm = films
+  words = '--gin_file=jobs/phase2_gemma2_2b.gin', '--gin_file=local_tiny_phase2.gin'
+  words = *words, '--gin.MESH=None', '--gin.LM_ATTENTION=xla', f'--gin.LM={lm}'
+  job = job_of(*words, f'--gin.DATA={data}')
+  sizes = programs.Sizes(items=1 << 17, users=8, cf_dim=8, prefix_tokens=4)
+  found, *_ = programs.programs(job, sizes, jax.devices()[:1])
+  (readout,) = [program for program in found if program.name == 'recommend readout']
+  vectors = readout.args[-1]
+  assert vectors.shape[0] == sizes.items  # nothing is padded
+  assert vectors.sharding.spec == jax.sharding.PartitionSpec(('data', 'fsdp', 'tensor'), None)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -334,7 +347,8 @@ def test_a_job_for_real_chips(tmp_path):
 
 @needs_libtpu
 def test_a_job_that_does_not_fit():
-  done = ilm_compile(*TINY, '--shapes.items=300_000_000', '--programs=train user_item')
+  table = '--shapes.items=300_000_000', '--shapes.cf_dim=128'
+  done = ilm_compile(*TINY, *table, '--programs=train user_item')
   assert done.returncode == 2
   assert 'does not fit v5e:2x2' in done.stderr
   assert 'entity table: ' in done.stderr

@@ -342,12 +342,8 @@ def _item_language(
     found.append(_forward('encode catalogue', steps, plain, 'item_vectors', (params, frozen)))
     with sharding.use_mesh(context.mesh, context.rules):
       shape = jax.eval_shape(steps.item_vectors, params, frozen)
-    padded = shape.shape[0] > sizes.items
-    vectors = context.placed(
-      lambda: nn.LogicallyPartitioned(
-        jnp.zeros(shape.shape), ('entities', 'cf') if padded else (None, None)
-      )
-    )
+    axes = ('entities', 'cf') if steps.splits_catalogue else (None, None)
+    vectors = context.placed(lambda: nn.LogicallyPartitioned(jnp.zeros(shape.shape), axes))
     ids = context.batch({'ids': (rows, text.sequence_length)})['ids']
     args = params, frozen, ids, vectors
     found.append(_forward('recommend readout', steps, plain, 'readout', args))

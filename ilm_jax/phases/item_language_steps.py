@@ -117,15 +117,20 @@ class ItemLanguageSteps:
     nll, weights, _ = self.model.target_nll(params, frozen, batch, target_loss=target_loss)
     return (nll * weights).sum(axis=1), weights.sum(axis=1)
 
+  @property
+  def splits_catalogue(self) -> bool:
+    """Whether `item_vectors` are split over devices."""
+    return self.model.num_items > _ITEMS
+
   def item_vectors(self, params: Any, frozen: Frozen) -> jax.Array:
-    """What a readout compares with, of all items: [I, F]; of large catalogues [more than I, F],
+    """What a readout compares with, of all items: [I, F]; of large catalogues [I or more, F],
     split over devices by rows."""
 
     def encode(ids: jax.Array) -> jax.Array:
       return self.model.encode(params, frozen, ids).vectors
 
     ids = jnp.arange(self.model.num_items)
-    if len(ids) <= _ITEMS:
+    if not self.splits_catalogue:
       return encode(ids)
     parts = -(-len(ids) // _ITEMS)
     ids = jnp.minimum(jnp.arange(parts * _ITEMS), len(ids) - 1).reshape(parts, _ITEMS)

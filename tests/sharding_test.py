@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.ad_checkpoint import print_saved_residuals
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from ilm_jax import sharding
@@ -274,6 +276,31 @@ class TestOnEightDevices:
       pytest.raises(ValueError, match=f'{axes[1]}.*did not match a rule'),
     ):
       jax.jit(lambda x: sharding.constrain(x, axes))(jnp.ones((8, 8)))
+
+  def test_a_kernel_is_gathered_its_gradient_is_split_and_its_parts_are_kept(self, mesh, capsys):
+    axes = ('embed', 'mlp')
+    rng = np.random.default_rng(0)
+    kernel, x = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 32), (16, 64)))
+
+    def loss(kernel, x):
+      dot = sharding.gathered(jax.lax.dot_general, axes)
+      return jnp.sin(dot(x, kernel, (((1,), (0,)), ((), ())))).sum()
+
+    expected = jax.value_and_grad(loss)(kernel, x)
+    _, f, t = mesh.devices.shape
+    split = NamedSharding(mesh, PartitionSpec('fsdp', 'tensor'))
+    args = jax.device_put(kernel, split), sharding.place_batch({'x': x}, mesh)['x']
+    with sharding.use_mesh(mesh, RULES):
+      compiled = jax.jit(jax.value_and_grad(loss)).lower(*args).compile()
+      print_saved_residuals(loss, *args)
+    np.testing.assert_allclose(compiled(*args)[0], expected[0], rtol=1e-4)
+    np.testing.assert_allclose(compiled(*args)[1], expected[1], atol=1e-4)
+    if f > 1:
+      assert re.search(rf'f32\[64,{32 // t}\]\S* all-gather', str(compiled.as_text()))
+      assert shard_shapes(compiled(*args)[1]) == (64 // f, 32 // t)
+      kept = [line for line in capsys.readouterr().out.splitlines() if '[64,32]' in line]
+      assert kept
+      assert all('argument' in line for line in kept)
 
   def test_rows_are_placed_in_order(self, mesh):
     rows = {'ids': np.arange(16), 'x': np.arange(32.0, dtype=np.float32).reshape(16, 2)}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
-from ilm_jax.sharding import constrain, with_axes
+from ilm_jax.sharding import constrain, gathered, with_axes
 
 # Which activations of a layer the backward pass finds saved, and does not compute again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
@@ -192,17 +192,17 @@ class Embedder(nn.Module):
 
   def attend(self, hidden: jax.Array) -> jax.Array:
     """[..., D] -> logits [..., V]: sums in float32 whatever the operands are."""
+    logits = gathered(self._times_rows, ('vocab', 'embed'))(hidden, self.embedding)
+    return logits * self.embedding_scale if self.compute.is_int8 else logits
+
+  def _times_rows(self, hidden: jax.Array, table: jax.Array) -> jax.Array:
     if self.compute.bf16_matmul:
       # What is no float has no gradient. Bytes are exact in bfloat16.
-      is_int8 = self.compute.is_int8
-      table = self.embedding.astype(jnp.bfloat16) if is_int8 else self.embedding
-      logits = bf16_times_rows(hidden, table)
-    else:
-      dtype, dims = self.compute.dtype, (((hidden.ndim - 1,), (1,)), ((), ()))
-      logits = jax.lax.dot_general(
-        hidden.astype(dtype), self.embedding.astype(dtype), dims, preferred_element_type=jnp.float32
-      )
-    return logits * self.embedding_scale if self.compute.is_int8 else logits
+      return bf16_times_rows(hidden, table.astype(jnp.bfloat16) if self.compute.is_int8 else table)
+    dtype, dims = self.compute.dtype, (((hidden.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(
+      hidden.astype(dtype), table.astype(dtype), dims, preferred_element_type=jnp.float32
+    )
 
 
 def dense(
@@ -225,9 +225,13 @@ def dense(
     bias_init=with_axes(nn.initializers.zeros, axes[inputs:]),
     dtype=compute.dtype,
     param_dtype=compute.param_dtype,
-    dot_general=bf16_dot_general if compute.bf16_matmul else None,
+    dot_general=gathered(_dot_general(compute), axes),
     name=name,
   )
+
+
+def _dot_general(compute: Compute) -> Callable[..., jax.Array]:
+  return bf16_dot_general if compute.bf16_matmul else jax.lax.dot_general
 
 
 class _Int8Dense(nn.Module):
@@ -248,8 +252,11 @@ class _Int8Dense(nn.Module):
     ones = with_axes(nn.initializers.ones, outputs)
     scale: Any = self.param('kernel_scale', ones, features, jnp.float32)
     dims = ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ()))
-    dot = bf16_dot_general if self.compute.bf16_matmul else jax.lax.dot_general
-    y = dot(x, kernel.astype(x.dtype), dims) * scale
+
+    def dot(x, kernel, dims):
+      return _dot_general(self.compute)(x, kernel.astype(x.dtype), dims)
+
+    y = gathered(dot, self.axes)(x, kernel, dims) * scale
     if self.bias:
       zeros = with_axes(nn.initializers.zeros, outputs)
       bias: Any = self.param('bias', zeros, features, jnp.float32)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ilm_jax.modules.dropout import Dropout
 from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm, gelu
 from ilm_jax.modules.precision import bf16_dot_general
-from ilm_jax.sharding import constrain, with_axes
+from ilm_jax.sharding import constrain, gathered, with_axes
 
 _INIT = nn.initializers.normal(0.02)  # BERT's, also of the queries
 # Of what reads the encoder tokens: unit RMS in, unit RMS out. BLIP-2's normal(0.02) does that for
@@ -272,7 +272,7 @@ class _Attention(nn.Module):
         kernel_init=with_axes(init, (axis, 'heads', 'kv')),
         bias_init=with_axes(nn.initializers.zeros, ('heads', 'kv')),
         dtype=c.dtype,
-        dot_general=_dot_general(c),
+        dot_general=_dot_general(c, (axis, 'heads', 'kv')),
         name=name,
       )(inputs)
 
@@ -287,7 +287,7 @@ class _Attention(nn.Module):
       kernel_init=with_axes(_INIT, ('heads', 'kv', 'embed')),
       bias_init=with_axes(nn.initializers.zeros, ('embed',)),
       dtype=c.dtype,
-      dot_general=_dot_general(c),
+      dot_general=_dot_general(c, ('heads', 'kv', 'embed')),
       name='out',
     )(attended)
     out = Dropout(c.dropout_rate)(out, deterministic=deterministic)
@@ -316,13 +316,13 @@ def _dense(c: QFormerConfig, features: int, axes: tuple[str, str], name: str) ->
     kernel_init=with_axes(_INIT, axes),
     bias_init=with_axes(nn.initializers.zeros, axes[1:]),
     dtype=c.dtype,
-    dot_general=_dot_general(c),
+    dot_general=_dot_general(c, axes),
     name=name,
   )
 
 
-def _dot_general(c: QFormerConfig) -> Callable[..., jax.Array] | None:
-  return bf16_dot_general if c.bf16_matmul else None
+def _dot_general(c: QFormerConfig, axes: tuple[str, ...]) -> Callable[..., jax.Array]:
+  return gathered(bf16_dot_general if c.bf16_matmul else jax.lax.dot_general, axes)
 
 
 def _layer_norm(c: QFormerConfig, name: str | None = None) -> LayerNorm:

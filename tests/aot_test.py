@@ -159,6 +159,35 @@ ENTRY %main (x: (s32[], f32[5,8])) -> (s32[], f32[5,8]) {
   assert found.hbm_bytes == 5 * (32 + 4 + 32 + 2 * 32)
 
 
+def test_fusions_within_fusions_and_collectives_within_them():
+  text = """
+%slice (a: f32[5,8], b: s32[]) -> f32[1,8] {
+  %a = f32[5,8]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %d = f32[1,8]{1,0} dynamic-slice(%a, %b, %zero), dynamic_slice_sizes={1,8}
+}
+
+%outer (c: f32[5,8], e: s32[]) -> f32[1,8] {
+  %c = f32[5,8]{1,0} parameter(0)
+  %e = s32[] parameter(1)
+  %same = f32[5,8]{1,0} bitcast(%c)
+  %f = f32[1,8]{1,0} fusion(%same, %e), kind=kLoop, calls=%slice
+  ROOT %sum = f32[1,8]{1,0} all-reduce(%f), replica_groups={{0,1}}, to_apply=%add
+}
+
+ENTRY %main (x: f32[5,8], i: s32[]) -> f32[1,8] {
+  %x = f32[5,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = f32[1,8]{1,0} fusion(%x, %i), kind=kCustom, calls=%outer
+}
+"""
+  found = hlo.costs(text, 2)
+  assert found.collectives == {'all-reduce': hlo.Collective(1, 32, 32)}
+  # A slice and an index are read, the sum is written; what goes on inside is not in HBM.
+  assert found.hbm_bytes == 32 + 4 + 32
+
+
 # ---------------------------------------------------------------- what does not fit
 
 

@@ -142,17 +142,18 @@ def costs(text: str, num_devices: int) -> Costs:
   computations, entry = parse(text)
   total = Costs(collections.defaultdict(Collective))
 
-  def run(name: str, times: int) -> None:
+  def run(name: str, times: int, is_fused: bool = False) -> None:
     instructions = computations[name]
     by_name = {x.name: x for x in instructions}
     for x in instructions:
       for callee, turns in _callees(x, computations, total):
-        run(callee, times * turns)
+        run(callee, times * turns, is_fused or x.opcode in ('fusion', 'async-start'))
       kind = x.opcode.removesuffix('-start')
       if kind in COLLECTIVES:
         _add_collective(total.collectives[kind], x, by_name, times, num_devices)
-      total.cycles += times * _cycles(x)
-      total.hbm_bytes += times * _traffic(x, by_name, computations)
+      if not is_fused:  # what is inside of it, its one line tells
+        total.cycles += times * _cycles(x)
+        total.hbm_bytes += times * _traffic(x, by_name, computations)
 
   run(entry, 1)
   total.collectives = {
@@ -262,26 +263,37 @@ def _traffic(
   total = float(_written(x, inside))
   for y in inside:
     if y.opcode == 'parameter':
-      total += _read(y, inside, operands[int(y.operands[0])].hbm_bytes)
+      size = operands[int(y.operands[0])].hbm_bytes
+      total += _read(y, inside, size, computations)
   return total
 
 
-def _users(name: str, inside: Sequence[Instruction]) -> list[Instruction]:
-  """Who reads a value, through changes of its shape alone."""
-  found = []
+def _read(
+  parameter: Instruction,
+  inside: Sequence[Instruction],
+  size: int,
+  computations: dict[str, list[Instruction]],
+) -> int:
+  """Of a parameter of `size` bytes of a fusion: all of it, or the slices that are taken."""
+  names = {parameter.name}  # through changes of its shape alone
   for x in inside:
-    if name in x.operands and x.opcode not in ('parameter', 'constant'):
-      found += _users(x.name, inside) if x.opcode == 'bitcast' else [x]
-  return found
-
-
-def _read(parameter: Instruction, inside: Sequence[Instruction], size: int) -> int:
-  users = _users(parameter.name, inside)
-  if users and all(x.opcode in ('dynamic-slice', 'gather', 'slice') for x in users):
-    return min(size, sum(x.bytes for x in users))
+    if x.opcode == 'bitcast' and x.operands[0] in names:
+      names.add(x.name)
+  users = [x for x in inside if names & {*x.operands} and x.opcode != 'bitcast']
   if users and all(x.opcode == 'dynamic-update-slice' for x in users):
     return 0  # what is written into; of the written part, see `_written`
-  return size
+  total = 0
+  for x in users:
+    if x.opcode in ('dynamic-slice', 'gather', 'slice'):
+      total += x.bytes
+    elif x.opcode == 'fusion':
+      nested = computations[x.called('calls')[0]]
+      for y in nested:
+        if y.opcode == 'parameter' and x.operands[int(y.operands[0])] in names:
+          total += _read(y, nested, size, computations)
+    else:
+      return size
+  return min(size, total)
 
 
 def _written(fusion: Instruction, inside: Sequence[Instruction]) -> int:

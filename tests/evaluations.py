@@ -65,15 +65,15 @@ def check_metrics(
   assert len(row.users) == len(targets)
   differ = set()
   for user, (score, target, items) in enumerate(zip(scores, targets, seen)):
-    others = [i for i in range(len(score)) if i != target and i not in items]
+    rest = [i for i in range(len(score)) if i != target and i not in items]
     mine = score[target]  # where a beam did not find it, -inf
-    above = np.array([0.0 if score[i] == mine else score[i] - mine for i in others])
+    above = np.array([0.0 if score[i] == mine else score[i] - mine for i in rest])
     near = int(((above != 0) & (np.abs(above) < NEAR)).sum())
     better, tied = int((above >= NEAR).sum()), int((above == 0).sum())
     for name in METRICS:
       # All that a metric may be: with each number of the near ones before the target.
       values = [
-        np.mean([metric(name, rank, len(others)) for rank in range(first, first + tied + 1)])
+        np.mean([metric(name, rank, len(rest)) for rank in range(first, first + tied + 1)])
         for first in range(better, better + near + 1)
       ]
       right = np.isclose(row.metrics[name][user], values, rtol=0, atol=1e-6)

@@ -76,7 +76,7 @@ def compiled(file: Path, topology: str, flags: Sequence[str]) -> dict[str, Any]:
 
 
 HEAD = [
-  'program', 'arguments', 'temporaries', 'peak', 'TFLOPs', 'HBM traffic', 'sent', 'collectives',
+  'program', 'arguments', 'temporaries', 'peak', 'TFLOPs', 'HBM traffic', 'sent',
   'arithmetic / HBM / ICI', 'compiler', 'MFU at most',
 ]  # fmt: skip
 
@@ -87,8 +87,7 @@ def cells(found: dict[str, Any]) -> list[str]:
   hbm = program['hbm']
   if hbm is None:
     return [program['name'], program['misfit'].splitlines()[0], *[''] * (len(HEAD) - 2)]
-  kinds = program['collectives']
-  sent = sum(x['sent'] for x in kinds.values())
+  sent = sum(x['sent'] for x in program['collectives'].values())
   estimate = program['compiler_seconds']
   return [
     program['name'],
@@ -96,7 +95,6 @@ def cells(found: dict[str, Any]) -> list[str]:
     f'{program["model_flops"] / 1e12:.4g}',
     f'{program["hbm_bytes"] / 1e9:,.1f}',
     f'{sent / 1e9:,.2f}',
-    ', '.join(f'{x["count"]:,} {kind} ({x["sent"] / 1e9:.2f})' for kind, x in kinds.items()),
     ' / '.join(f'{x * 1e3:,.0f}' for x in program['roofline'].values()) + ' ms',
     '' if estimate is None else f'{estimate * 1e3:,.0f} ms',
     f'{program["mfu_bound"]:.0%}',

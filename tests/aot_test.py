@@ -336,6 +336,14 @@ def test_libtpu_is_missing(monkeypatch):
     chips.prepare_environment()
 
 
+def test_a_libtpu_that_does_not_go_with_jax_is_told(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: object())
+  versions = {'libtpu': '0.0.1', 'jax': '9.9'}
+  monkeypatch.setattr(chips, 'version', versions.get)
+  with pytest.warns(UserWarning, match=r'libtpu 0\.0\.1 is installed, but jax 9\.9 goes with \d'):
+    chips._check_libtpu()
+
+
 @pytest.mark.parametrize('name', chips.CHIPS)
 def test_clocks_are_plausible(name):
   assert 1.4e9 < chips.CHIPS[name].cycles < 2.4e9

@@ -5,9 +5,13 @@ chip's bidirectional interconnect bandwidth, half is what it can send while it r
 """
 
 import dataclasses
+import fnmatch
 import importlib.util
 import os
+import re
+import warnings
 from collections.abc import Mapping
+from importlib.metadata import requires, version
 from typing import Any
 
 from ilm_jax.errors import UsageError, did_you_mean
@@ -58,20 +62,35 @@ _ENVIRONMENT = {
 def prepare_environment() -> None:
   """Lets libtpu compile where there is no TPU; before JAX has looked for devices.
 
+  Warns where libtpu is not the one that goes with JAX.
+
   Raises:
     UsageError: libtpu is not installed.
   """
-  if importlib.util.find_spec('libtpu') is None:
-    raise UsageError(
-      'ilm compile: libtpu, the compiler for TPUs, is not installed. It needs no TPU:'
-      " pip install 'ilm_jax[tpu]'"
-    )
+  _check_libtpu()
   os.environ.update(_ENVIRONMENT)
   import jax
 
   jax.config.update('jax_platforms', 'cpu')  # JAX may have read the environment already
   # What was compiled without a TPU can be written to the cache, but not read from it.
   jax.config.update('jax_enable_compilation_cache', False)
+
+
+def _check_libtpu() -> None:
+  if importlib.util.find_spec('libtpu') is None:
+    raise UsageError(
+      'ilm compile: libtpu, the compiler for TPUs, is not installed. It needs no TPU:'
+      " pip install 'ilm_jax[tpu]'"
+    )
+  # 'libtpu==0.0.42.*; extra == "tpu"'
+  asked = [re.match(r'libtpu==([\d.*]+)', line) for line in requires('jax') or ()]
+  found, wanted = version('libtpu'), next((match[1] for match in asked if match), '*')
+  if not fnmatch.fnmatch(found, wanted):
+    warnings.warn(
+      f'libtpu {found} is installed, but jax {version("jax")} goes with {wanted}: what one writes'
+      " the other may not read. pip install 'ilm_jax[tpu]' brings the right one.",
+      stacklevel=3,
+    )
 
 
 def chip_of(topology: str) -> Chip:

@@ -304,6 +304,17 @@ def place_rows(tree: Any, mesh: Mesh) -> Any:
   )
 
 
+def batch_parts(rows: int) -> int:
+  """In how many parts a step has `rows` rows of a batch, one after the other, each on its device.
+
+  What is done part by part needs nothing of other devices. 1 where rows do not divide, and outside
+  of `use_mesh`.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  parts = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
+  return 1 if rows % parts else parts
+
+
 def rows_for(least: int, mesh: Mesh) -> int:
   """How many rows, `least` or more, split over BATCH_AXES evenly."""
   parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -328,6 +328,8 @@ def test_topologies_that_are_none():
     chips.chip_of('v5f:2x2')
   with pytest.raises(UsageError, match='CHIP:SIZE'):
     chips.chip_of('v5e')
+  with pytest.raises(UsageError, match='no side of a slice has more than 16 chips'):
+    chips.devices_of('v5e:32x32')
 
 
 def test_libtpu_is_missing(monkeypatch):

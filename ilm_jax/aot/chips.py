@@ -28,6 +28,7 @@ class Chip:
     ici_bandwidth: bytes/s that it sends to its neighbours, over all links.
     cycles: of its clock a second, from the FLOP/s and the multipliers of its matrix units.
     multipliers: of all matrix units.
+    longest: chips along the longest side of the largest slice.
     example: of a topology.
   """
 
@@ -36,6 +37,7 @@ class Chip:
   hbm_bandwidth: float
   ici_bandwidth: float
   multipliers: int
+  longest: int
   example: str
 
   @property
@@ -45,10 +47,10 @@ class Chip:
 
 # v5e: 4 units of 128 x 128; v5p: 2 cores of 4; v6e: 2 units of 256 x 256 at twice the products.
 CHIPS: Mapping[str, Chip] = {
-  'v5e': Chip(197e12, 16e9, 819e9, 200e9, 4 * 128**2, 'v5e:16x16'),
-  'v5p': Chip(459e12, 95e9, 2765e9, 600e9, 8 * 128**2, 'v5p:4x4x4'),
-  'v6e': Chip(918e12, 32e9, 1638e9, 400e9, 4 * 256**2, 'v6e:16x16'),
-  'tpu7x': Chip(2307e12 / 2, 96e9, 7380e9 / 2, 600e9 / 2, 4 * 256**2, 'tpu7x:4x4x4'),
+  'v5e': Chip(197e12, 16e9, 819e9, 200e9, 4 * 128**2, 16, 'v5e:16x16'),
+  'v5p': Chip(459e12, 95e9, 2765e9, 600e9, 8 * 128**2, 28, 'v5p:4x4x4'),
+  'v6e': Chip(918e12, 32e9, 1638e9, 400e9, 4 * 256**2, 16, 'v6e:16x16'),
+  'tpu7x': Chip(2307e12 / 2, 96e9, 7380e9 / 2, 600e9 / 2, 4 * 256**2, 24, 'tpu7x:4x4x4'),
 }
 _ENVIRONMENT = {
   'JAX_PLATFORMS': 'cpu',
@@ -115,6 +117,12 @@ def devices_of(topology: str) -> list[Any]:
     UsageError: libtpu knows no such topology.
   """
   chip = chip_of(topology)
+  if any(int(side) > chip.longest for side in re.findall(r'\d+', topology.partition(':')[2])):
+    # The compiler, which does not refuse it, would abort.
+    raise UsageError(
+      f'--topology={topology}: no side of a slice has more than {chip.longest} chips, as in'
+      f' {chip.example}.'
+    )
   from jax.experimental import topologies
 
   try:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from ilm_jax.decoding.legal import check_bias, legal_log_probs
 from ilm_jax.decoding.trie import Trie
+from ilm_jax.models.token_losses import in_chunks
 from ilm_jax.modules.decoder import Decoder
 
 
@@ -87,8 +88,8 @@ def catalogue_nll(
     weights: [B, M], nonzero on targets; of other places, such as prompts and padding, nothing
       matters. A span ends with the last target before the next start.
     bias: [nodes], as in `exact.catalogue_scores`.
-    chunk: m. Memory grows with m x (tokens of the catalogue + children of the root); what the
-      backward pass needs of a chunk is computed again.
+    chunk: m of each device. Memory grows with m x (tokens of the catalogue + children of the
+      root); what the backward pass needs of a chunk is computed again.
 
   Returns:
     nll: [B, M] float32, in nats. 0 where the catalogue leaves no choice, and where is_item is not.
@@ -114,7 +115,7 @@ def catalogue_nll(
     return -jnp.where(is_target, legal, 0.0).sum(axis=-1)
 
   rows = hidden.reshape(-1, hidden.shape[-1]), nodes.reshape(-1), parents.reshape(-1)
-  nll = _in_chunks(one, rows, chunk).reshape(targets.shape)
+  nll = in_chunks(one, rows, chunk).reshape(targets.shape)
   choice = trie.first_child[parents + 1] - trie.first_child[parents] > 1
   return jnp.where(is_item & choice, nll, 0.0), is_item
 
@@ -136,19 +137,3 @@ def _ends_well(trie: Trie, nodes: jax.Array, starts: jax.Array, weighted: jax.Ar
   places = is_end.T, starts.T, weighted.T
   _, well = jax.lax.scan(step, (nothing, nothing), places, reverse=True)
   return well.T
-
-
-def _in_chunks(one: Any, rows: tuple[jax.Array, ...], chunk: int) -> jax.Array:
-  """`one` of [m, ...] at a time, of arrays [positions, ...]."""
-  positions = rows[0].shape[0]
-  if positions <= chunk:
-    return one(rows)
-  chunks = -(-positions // chunk)
-  missing = chunks * chunk - positions
-
-  def split(x: jax.Array) -> jax.Array:
-    padded = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)))
-    return padded.reshape(chunks, chunk, *x.shape[1:])
-
-  found = jax.lax.map(jax.checkpoint(one), tuple(split(x) for x in rows))
-  return found.reshape(-1)[:positions]

@@ -30,6 +30,7 @@ from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.readout import Readout
 from ilm_jax.modules.soft_tokens import Encoded, SoftTokenConfig, SoftTokens
 from ilm_jax.modules.t5 import T5
+from ilm_jax.sharding import batch_parts
 
 Metrics = dict[str, jax.Array]
 TargetLoss = Literal['vocabulary', 'catalogue']
@@ -70,7 +71,7 @@ class ItemLanguageConfig:
     popularity_weight: of the readout, where training begins.
     max_targets: target tokens of a row, at most; logits are taken for so many positions. None: of
       every position, which is a waste where prompts are long.
-    chunk: positions of which logits are held at once.
+    chunk: positions of each device of which logits are held at once.
     whole_catalogue: the readout is trained on all items of a catalogue up to this size.
     num_negatives: items that stand for the others in larger ones.
   """
@@ -93,6 +94,33 @@ class ItemLanguageConfig:
   def __post_init__(self):
     if wrong := self.target_losses - set(get_args(TargetLoss)):
       raise ValueError(f"target_loss={min(wrong)!r}: 'vocabulary' or 'catalogue'.")
+
+
+class _Parts:
+  """The different entities of [B, E], padded with -1, each to be encoded once on every device.
+
+  Not once for all devices: the soft tokens of all would then have to be on each.
+
+  Attributes:
+    ids: [P * U], P parts of the batch after each other; what is not needed is 0.
+    index: [P, B / P, E], which of a part's ids each entity is.
+  """
+
+  def __init__(self, entity_ids: jax.Array, num_entities: int):
+    self._parts = batch_parts(len(entity_ids))
+    capacity = min(entity_ids.size // self._parts, num_entities)
+    unique = jax.vmap(lambda part: unique_entities(part, capacity))(self.split(entity_ids))
+    self.ids = jnp.maximum(unique.ids, 0).reshape(-1)
+    self.index = unique.index
+
+  def split(self, x: jax.Array) -> jax.Array:
+    """[n, ...] -> [P, n / P, ...]."""
+    return x.reshape(self._parts, -1, *x.shape[1:])
+
+  def take(self, of_ids: jax.Array) -> jax.Array:
+    """[P * U, ...] of `ids` -> [B, E, ...]; of padding, of any entity."""
+    found = jax.vmap(lambda x, index: x[index])(self.split(of_ids), self.index)
+    return found.reshape(-1, *found.shape[2:])
 
 
 class ItemLanguageModel:
@@ -294,13 +322,14 @@ class ItemLanguageModel:
     embeddings = self._apply(params, frozen, tokens, method='embed_tokens')
     if self.soft_tokens is None:
       return embeddings
-    # Every entity of the batch once: items that many users have seen, most of all.
-    capacity = entity_ids.size
-    if frozen.user_states is None:
-      capacity = min(capacity, frozen.entity_vectors.shape[0])
-    unique = unique_entities(entity_ids, capacity)
-    soft = self.encode(params, frozen, jnp.maximum(unique.ids, 0), key).soft_tokens
-    return splice(embeddings, tokens == self.slot_id, soft, unique.index)
+    is_table = frozen.user_states is None
+    capacity = frozen.entity_vectors.shape[0] if is_table else entity_ids.size
+    parts = _Parts(entity_ids, capacity)
+    soft = parts.split(self.encode(params, frozen, parts.ids, key).soft_tokens)
+    spliced = jax.vmap(splice)(
+      parts.split(embeddings), parts.split(tokens == self.slot_id), soft, parts.index
+    )
+    return spliced.reshape(embeddings.shape)
 
   def encode(
     self, params: Any, frozen: Frozen, entity_ids: jax.Array, key: jax.Array | None = None
@@ -342,7 +371,8 @@ class ItemLanguageModel:
     weights = (targets.reshape(-1) >= 0).astype(jnp.float32)
     if self.num_items <= self.config.whole_catalogue:
       encoded = self.encode(params, frozen, jnp.arange(self.num_items), dropout)
-      hidden = self._states(params, frozen, encoded.soft_tokens, inputs)
+      soft = encoded.soft_tokens[jnp.maximum(inputs, 0)]
+      hidden = self._states(params, frozen, soft, inputs)
       nll = token_nll(
         lambda x: self._scores(params, x, encoded.vectors, frozen.log_popularity),
         hidden.reshape(-1, hidden.shape[-1]),
@@ -350,41 +380,43 @@ class ItemLanguageModel:
         chunk=self.config.chunk,
       )
     else:
-      unique = unique_entities(entity_ids, min(entity_ids.size, self.num_items))
+      parts = _Parts(entity_ids, self.num_items)
       negatives = jax.random.randint(draw, (self.config.num_negatives,), 0, self.num_items)
-      ids = jnp.concatenate([jnp.maximum(unique.ids, 0), negatives])
-      encoded = self.encode(params, frozen, ids, dropout)
-      places = jnp.where(entity_ids >= 0, unique.index, -1)
-      hidden = self._states(params, frozen, encoded.soft_tokens, places[:, :-1])
+      keys = (None, None) if dropout is None else jax.random.split(dropout)
+      own = self.encode(params, frozen, parts.ids, keys[0])
+      sampled = self.encode(params, frozen, negatives, keys[1]).vectors
+      hidden = self._states(params, frozen, parts.take(own.soft_tokens)[:, :-1], inputs)
       nll = self._sampled_nll(
-        params, frozen, hidden.reshape(-1, hidden.shape[-1]), encoded.vectors, ids,
-        places[:, 1:].reshape(-1), unique.ids.shape[0],
+        params, frozen, hidden.reshape(-1, hidden.shape[-1]),
+        parts.take(own.vectors)[:, 1:].reshape(-1, own.vectors.shape[-1]), targets.reshape(-1),
+        sampled, negatives,
       )  # fmt: skip
     total = weights.sum()
     loss = (nll * weights).sum() / jnp.maximum(total, 1e-9)
     return loss, {'loss': loss, 'targets': total}
 
   def readout_scores(
-    self, params: Any, frozen: Frozen, entity_ids: jax.Array, encoded: Encoded
+    self, params: Any, frozen: Frozen, entity_ids: jax.Array, vectors: jax.Array
   ) -> jax.Array:
     """Scores of all items [B, I] after histories [B, S], padded behind with -1, one item at least.
 
     Args:
-      encoded: all items, of `encode`: made once for a model.
+      vectors: [I, F], of `encode` of all items: made once for a model.
     """
-    hidden = self._states(params, frozen, encoded.soft_tokens, entity_ids)
+    parts = _Parts(entity_ids, self.num_items)
+    soft = parts.take(self.encode(params, frozen, parts.ids).soft_tokens)
+    hidden = self._states(params, frozen, soft, entity_ids)
     last = (entity_ids >= 0).sum(axis=1) - 1
     hidden = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
-    return self._scores(params, hidden, encoded.vectors, frozen.log_popularity)
+    return self._scores(params, hidden, vectors, frozen.log_popularity)
 
   def _states(
-    self, params: Any, frozen: Frozen, soft_tokens: jax.Array, places: jax.Array
+    self, params: Any, frozen: Frozen, soft_tokens: jax.Array, entity_ids: jax.Array
   ) -> jax.Array:
-    """States [B, S, D] behind each item of histories: rows [B, S] of `soft_tokens`, or -1."""
-    batch, items = places.shape
-    k = self.num_soft_tokens
-    embeddings = soft_tokens[jnp.maximum(places, 0)].reshape(batch, items * k, -1)
-    segment_ids = jnp.repeat(places >= 0, k, axis=1).astype(jnp.int32)
+    """States [B, S, D] behind each item of histories [B, S], of soft tokens [B, S, K, D]."""
+    batch, items, k, _ = soft_tokens.shape
+    embeddings = soft_tokens.reshape(batch, items * k, -1)
+    segment_ids = jnp.repeat(entity_ids >= 0, k, axis=1).astype(jnp.int32)
     prefix = self._prefix(params, frozen)
     first = 0 if prefix is None else prefix.capacity
     positions = jnp.broadcast_to(first + jnp.arange(items * k), (batch, items * k))
@@ -399,14 +431,19 @@ class ItemLanguageModel:
   def _scores(self, params: Any, hidden: jax.Array, vectors: Any, log_popularity: Any) -> Any:
     return self._readout.apply({'params': params['readout']}, hidden, vectors, log_popularity)
 
-  def _sampled_nll(self, params, frozen, hidden, vectors, ids, targets, num_targets) -> jax.Array:
-    """[M]; the sum over the other items by a uniform sample of them, without a target's own."""
-    popularity = frozen.log_popularity[ids]
-    own, sampled = vectors[jnp.maximum(targets, 0)][:, None], vectors[num_targets:]
-    target_ids = ids[jnp.maximum(targets, 0)]
-    target = self._scores(params, hidden, own, frozen.log_popularity[target_ids][:, None])
-    others = self._scores(params, hidden, sampled, popularity[num_targets:])
-    is_target = ids[num_targets:] == target_ids[:, None]
+  def _sampled_nll(self, params, frozen, hidden, own, targets, sampled, negatives) -> jax.Array:
+    """[M]; the sum over the other items by a uniform sample of them, without a target's own.
+
+    Args:
+      hidden: [M, D].
+      own, targets: vectors [M, F] and ids [M] of the targets; -1 is none.
+      sampled, negatives: vectors [N, F] and ids [N] of the sample.
+    """
+    popularity = frozen.log_popularity
+    of_target = popularity[jnp.maximum(targets, 0)][:, None]
+    target = self._scores(params, hidden, own[:, None], of_target)
+    others = self._scores(params, hidden, sampled, popularity[negatives])
+    is_target = negatives == targets[:, None]
     drawn = jnp.maximum((~is_target).sum(axis=1, keepdims=True), 1)
     others = jnp.where(is_target, -jnp.inf, others + jnp.log((self.num_items - 1) / drawn))
     return jax.nn.logsumexp(jnp.concatenate([target, others], axis=1), axis=1) - target[:, 0]

@@ -4,9 +4,12 @@ Letters: M positions, D width, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ilm_jax.sharding import batch_parts
 
 
 def token_nll(
@@ -25,24 +28,37 @@ def token_nll(
     logits: [m, D] -> [m, V] float32, of the language model.
     hidden: [M, D]. Give the positions that have a target, and no others.
     targets: [M] int32.
-    chunk: positions at a time.
+    chunk: positions at a time, of each device.
 
   Returns:
     [M] float32, in nats.
   """
-  positions = hidden.shape[0]
-  if positions <= chunk:
-    return _nll(logits(hidden), targets)
-  chunks = -(-positions // chunk)
-  missing = chunks * chunk - positions
-  hidden = jnp.pad(hidden, ((0, missing), (0, 0))).reshape(chunks, chunk, -1)
-  targets = jnp.pad(targets, (0, missing)).reshape(chunks, chunk)
+  return in_chunks(lambda part: _nll(logits(part[0]), part[1]), (hidden, targets), chunk)
 
-  @jax.checkpoint
-  def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return _nll(logits(part[0]), part[1])
 
-  return jax.lax.map(one, (hidden, targets)).reshape(-1)[:positions]
+def in_chunks(
+  one: Callable[[Any], jax.Array], rows: tuple[jax.Array, ...], chunk: int
+) -> jax.Array:
+  """one(arrays [m, ...]) -> [m] of arrays [M, ...], for `chunk` positions of each device at a time.
+
+  What the backward pass needs of a chunk is computed again.
+  """
+  positions = rows[0].shape[0]
+  parts = batch_parts(positions)
+  own = positions // parts
+  if own <= chunk:
+    return one(rows)
+  chunks = -(-own // chunk)
+
+  def split(x: jax.Array) -> jax.Array:
+    x = x.reshape(parts, own, *x.shape[1:])
+    x = jnp.pad(x, ((0, 0), (0, chunks * chunk - own), *((0, 0),) * (x.ndim - 2)))
+    x = x.reshape(parts, chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
+    return x.reshape(chunks, parts * chunk, *x.shape[3:])
+
+  found = jax.lax.map(jax.checkpoint(one), tuple(split(x) for x in rows))
+  found = found.reshape(chunks, parts, chunk).swapaxes(0, 1).reshape(parts, -1)
+  return found[:, :own].reshape(-1)
 
 
 def _nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -21,7 +21,6 @@ from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
 from ilm_jax.flops import matmul_flops
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig, ItemLanguageModel
-from ilm_jax.models.splice import unique_entities
 from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.soft_tokens import SoftTokenConfig
 from ilm_jax.modules.t5 import T5
@@ -147,11 +146,8 @@ class ItemLanguageSteps:
       entity_ids: histories; their items are encoded here.
       vectors: of `item_vectors`, made once for a model.
     """
-    unique = unique_entities(entity_ids, min(entity_ids.size, self.model.num_items))
-    encoded = self.model.encode(params, frozen, jnp.maximum(unique.ids, 0))
-    places = jnp.where(entity_ids >= 0, unique.index, -1)
-    encoded = encoded._replace(vectors=vectors[: self.model.num_items])
-    return self.model.readout_scores(params, frozen, places, encoded)
+    vectors = vectors[: self.model.num_items]
+    return self.model.readout_scores(params, frozen, entity_ids, vectors)
 
   def beams(
     self,

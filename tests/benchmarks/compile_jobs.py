@@ -31,7 +31,7 @@ PHASE2 = (
 )
 CHIPS = ('v5e:4x4', 'v5p:2x2x4', 'v6e:4x4', 'tpu7x:2x2x2')  # of 16 devices each
 # 16 rows a chip; parameters are split over 16 chips, and what is more of them are copies.
-WEAK = {'v5e:4x4': 256, 'v5e:8x8': 1024, 'v5e:16x16': 4096, 'v5e:32x32': 16_384}
+WEAK = {'v5e:4x4': 256, 'v5e:8x8': 1024, 'v5e:16x16': 4096, 'v5p:8x8x16': 16_384}
 WEAK_FLAGS = ['--gin_file=jobs/phase2_gemma3_4b.gin', "--mesh={'data': -1, 'fsdp': 16}"]
 
 
@@ -62,8 +62,8 @@ def main() -> None:
         name = f'weak-{topology.replace(":", "-")}-{program.replace(" ", "-")}.json'
         flags = [*WEAK_FLAGS, f'--batch_size={batch}', f'--programs={program}']
         found = compiled(out / name, topology, flags)
-        rows.append([str(found['chips']), *cells(found)])
-    show(['chips', *HEAD], rows)
+        rows.append([topology, str(found['chips']), *cells(found)])
+    show(['topology', 'chips', *HEAD], rows)
 
 
 def compiled(file: Path, topology: str, flags: Sequence[str]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def _loss(model):
 
 def scores(model, params, frozen, histories):
   encoded = _encode(model)(params, frozen)
-  return np.asarray(_scores(model)(params, frozen, np.array(histories, np.int32), encoded))
+  return np.asarray(_scores(model)(params, frozen, np.array(histories, np.int32), encoded.vectors))
 
 
 def loss(model, params, frozen, histories, key=KEY):

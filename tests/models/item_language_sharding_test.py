@@ -30,18 +30,27 @@ LM, VARIABLES = tiny_gemma.load('gemma3')
 ENCODER = QFormerConfig(
   num_layers=2, d_model=16, num_heads=2, d_mlp=32, num_queries=K, d_encoder=D_CF
 )
-MODEL = ItemLanguageModel(
-  LM,
-  SoftTokenConfig(ENCODER, LM.config.d_model, gain=0.5),
-  slot_id=SLOT,
-  num_items=NUM_ITEMS,
-  config=ItemLanguageConfig(target_loss={'catalogue': 'catalogue'}, max_targets=4, chunk=16),
-  prefix_tokens=(2, 30, 17),
-)
+# Chunks of 3 of the 4 or more positions of each device.
+CONFIG = ItemLanguageConfig(target_loss={'catalogue': 'catalogue'}, max_targets=4, chunk=3)
+
+
+def model_of(config):
+  return ItemLanguageModel(
+    LM,
+    SoftTokenConfig(ENCODER, LM.config.d_model, gain=0.5),
+    slot_id=SLOT,
+    num_items=NUM_ITEMS,
+    config=config,
+    prefix_tokens=(2, 30, 17),
+  )
+
+
+MODEL = model_of(CONFIG)
+SAMPLED = model_of(dataclasses.replace(CONFIG, whole_catalogue=10, num_negatives=64))
 EOS, KEY = 1, jax.random.key(1)
 TEXTS = [[10 + i % 30, 10 + i // 30, EOS] for i in range(NUM_ITEMS)]
 OPTIMIZER = optax.sgd(1.0)  # Adam divides by gradients, and with them by their rounding errors
-SOURCES = ('vocabulary', 'catalogue', 'history')
+SOURCES = ('vocabulary', 'catalogue', 'history', 'sampled')
 
 
 def test_on_eight_devices():
@@ -51,7 +60,7 @@ def test_on_eight_devices():
 def batch_of(source):
   """Two slots of two entities, two words, and a text of the catalogue."""
   rng = np.random.default_rng(2)
-  if source == 'history':
+  if source in ('history', 'sampled'):
     ids = rng.integers(NUM_ITEMS, size=(ROWS, 6))
     ids[1, 3:] = ids[4, 2:] = -1
     return {'entity_ids': ids.astype(np.int32)}
@@ -101,8 +110,9 @@ def constants(mesh):
 
 def step(params, frozen, batch, source):
   def loss(params):
-    if source == 'history':
-      return MODEL.readout_loss(params, frozen, batch['entity_ids'], KEY, deterministic=True)
+    if source in ('history', 'sampled'):
+      model = SAMPLED if source == 'sampled' else MODEL
+      return model.readout_loss(params, frozen, batch['entity_ids'], KEY, deterministic=True)
     return MODEL.loss(params, frozen, batch, KEY, target_loss=source, deterministic=True)
 
   (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
@@ -179,3 +189,17 @@ class TestOnEightDevices:
     assert not re.search(rf'f32\[{ROWS},{T},{d}\]', program)
     assert re.search(rf'f32\[\d+,{vocab // 2}\]', program)
     assert not re.search(rf'f32\[\d+,{vocab}\]', program)
+
+  def test_a_device_needs_nothing_of_others_for_its_own_soft_tokens(self, single):
+    """Where it has the table and the parameters: no entity of other rows, no soft token."""
+    mesh = sharding.make_mesh({'data': 8})
+    params, _ = placed(single[0], mesh)
+    frozen = constants(mesh)
+    table = sharding.replicate(np.asarray(frozen.entity_vectors), mesh)
+    frozen = dataclasses.replace(frozen, entity_vectors=table)
+    with sharding.use_mesh(mesh, RULES):
+      batch = sharding.place_batch(batch_of('vocabulary'), mesh)
+      args = params, frozen, batch['decoder_input_tokens'], batch['entity_ids']
+      program = jax.jit(MODEL.embed).lower(*args).compile().as_text()
+    collectives = 'all-reduce', 'all-gather', 'all-to-all', 'collective-permute', 'reduce-scatter'
+    assert not re.search(rf' ({"|".join(collectives)})\S*\(', program)

@@ -100,9 +100,9 @@ class Progress:
 
   @contextlib.contextmanager
   def compiling(self, program: str) -> Iterator[None]:
-    """The first time for a `program`, tells that it is being compiled, and does not count the time.
+    """The first time for a `program`, tells how long the block has waited for its compilation.
 
-    JAX compiles within the call, and runs behind it.
+    That time is not counted.
     """
     if program in self._compiled:
       yield
@@ -111,7 +111,8 @@ class Progress:
     start = self._clock()
     with self.paused():
       yield
-    self.note(f'{self._label}: compiled the {program} step in {duration(self._clock() - start)}')
+    waited = duration(self._clock() - start)
+    self.note(f'{self._label}: the {program} step is compiled, after {waited} of waiting')
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

@@ -97,9 +97,9 @@ class ItemLanguageConfig:
 
 
 class _Parts:
-  """The different entities of [B, E], padded with -1, each to be encoded once on every device.
+  """The different entities of [B, E], padded with -1, each to be encoded once in a part of the rows.
 
-  Not once for all devices: the soft tokens of all would then have to be on each.
+  Not once for all parts: the soft tokens of all would then have to be on every device.
 
   Attributes:
     ids: [P * U], P parts of the batch after each other; what is not needed is 0.

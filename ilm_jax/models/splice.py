@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 
 class UniqueEntities(NamedTuple):
-  """The different entities of a batch, each to be encoded once.
+  """The different entities of some rows, each to be encoded once.
 
   Attributes:
     ids: [U] int32, ascending; behind them -1.

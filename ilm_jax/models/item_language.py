@@ -97,7 +97,7 @@ class ItemLanguageConfig:
 
 
 class _Parts:
-  """The different entities of [B, E], padded with -1, each to be encoded once in a part of the rows.
+  """The different entities of [B, E], padded with -1, each to be encoded once in a part of B.
 
   Not once for all parts: the soft tokens of all would then have to be on every device.
 

@@ -25,7 +25,14 @@ from ilm_jax import config_files, flops, sharding
 from ilm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointManager, restore_params
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.metric_log import MetricLog, Profile
-from ilm_jax.phases.phase import InputOptions, Phase, all_positions, batch_part, check_sources
+from ilm_jax.phases.phase import (
+  InputOptions,
+  Phase,
+  all_positions,
+  batch_part,
+  check_input_shards,
+  check_sources,
+)
 from ilm_jax.phases.settings import PhaseSettings
 from ilm_jax.plugins import import_modules
 from ilm_jax.processes import StopSignals, one_run
@@ -160,6 +167,7 @@ def train(
   model_dir, schedule = model_dir.expanduser(), tuple(schedule)
   sizes = batch_sizes(batch_size, schedule, accumulate_steps)
   devices = sharding.make_mesh(mesh or {'data': -1})
+  check_input_shards(input_shards, devices)
   rules = tuple((dict(sharding.DEFAULT_RULES) | (sharding_rules or {})).items())
   inputs = InputOptions(data.expanduser(), entity_table, sizes, seed, devices, rules, input_shards)
 
@@ -200,6 +208,9 @@ def train(
     start = checkpoints.latest_step() or 0
     frozen = sharding.place_constants(phase.frozen, devices, rules)
     like = abstract_state(phase, optimizer, devices, rules)
+    params = None
+    if restore_from and not start:  # before: a path that is wrong does not wait for a compilation
+      params = restore_params(restore_from, like.params, identity=phase.identity)
     train_step = jit_step(phase, optimizer, accumulate_steps, like)
 
     def lower(source: str) -> jax.stages.Lowered:
@@ -217,8 +228,7 @@ def train(
       done = ': nothing is left to do' if start >= total_steps else ''
       _say(f'going on from step {start:,} of {total_steps:,} in {model_dir}{done}')
     else:
-      if restore_from:
-        params = restore_params(restore_from, like.params, identity=phase.identity)
+      if params is not None:
         _say(f'beginning with the parameters of {restore_from}')
       else:
         params = sharding.init_sharded(phase.init, devices, rules, key)

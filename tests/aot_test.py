@@ -299,6 +299,14 @@ def test_a_large_catalogue_is_split_where_it_fills_its_parts(films):
   assert vectors.sharding.spec == jax.sharding.PartitionSpec(('data', 'fsdp', 'tensor'), None)
 
 
+def test_a_change_of_the_rules_that_changes_nothing_is_an_error(films):
+  words = '--gin_file=jobs/phase1_ml100k.gin', '--gin_file=local_tiny.gin'
+  job = job_of(*words, f'--gin.DATA={films[0]}') | {'sharding_rules': {'kv_heads': 'tensor'}}
+  sizes = programs.read_sizes(None, job['data'])
+  with pytest.raises(UsageError, match=r"\('kv_heads', 'tensor'\): no array of this job has"):
+    programs.programs(job, sizes, jax.devices()[:1])
+
+
 # ---------------------------------------------------------------- the command
 
 

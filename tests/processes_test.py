@@ -290,6 +290,16 @@ def test_two_processes_that_are_stopped_or_killed_go_on_exactly(folder, one_phas
     assert tiny_run.curves(two / name) == tiny_run.curves(two / 'straight')
 
 
+def test_shards_that_two_processes_cannot_share_are_told_at_once(folder, phase2):
+  """Before anything is compiled or written."""
+  settings = phase2 | {'model_dir': folder / 'three_shards', 'input_shards': 3}
+  group = Group(folder / 'group_three_shards', words_of(settings), processes=2)
+  assert group.end() == [2, 2], group.stderr(0)
+  for i in range(2):
+    assert 'train.input_shards=3: 2 processes cannot share them evenly' in group.stderr(i)
+  assert not (folder / 'three_shards').exists()
+
+
 # ---------------------------------------------------------------- meeting
 
 

@@ -179,9 +179,16 @@ class _Context(NamedTuple):
     vectors = jnp.zeros((len(whole), self.sizes.cf_dim))
     return nn.LogicallyPartitioned(vectors, ('entities', 'cf'))
 
-  def train(self, steps: Any, executed: Any, frozen: Any, shapes: Callable[..., Any]) -> Any:
-    """The state, and one program for each source."""
+  def train(
+    self, steps: Any, executed: Any, freeze: Callable[[], Any], shapes: Callable[..., Any]
+  ) -> tuple[Any, Any, list[Program]]:
+    """The state, what `freeze` returns, and one program for each source."""
     job = self.job
+    seed = jax.random.key(0)
+    if changes := tuple((job['sharding_rules'] or {}).items()):
+      trees = sharding.boxed_shapes(steps.init, seed), sharding.boxed_shapes(freeze)
+      sharding.check_changes(changes, *trees)
+    frozen = self.placed(freeze)
     warmup = min(job['warmup_steps'], job['total_steps'] // 2)
     rates = optax.warmup_cosine_decay_schedule(
       0.0, job['learning_rate'], warmup, job['total_steps'], job['final_learning_rate']
@@ -196,7 +203,7 @@ class _Context(NamedTuple):
     )
     state = abstract_state(steps, optimizer, self.mesh, self.rules)
     step = jit_step(steps, optimizer, job['accumulate_steps'], state)
-    key = self.placed(lambda: jax.random.key(0))
+    key = self.placed(lambda: seed)
 
     def program(source: str) -> Program:
       batch = self.batch(shapes(source, self.rows[source]))
@@ -212,7 +219,7 @@ class _Context(NamedTuple):
         lambda: steps.flops(state.params, frozen, batch, source), run_again,
       )  # fmt: skip
 
-    return state, [program(source) for source in self.rows]
+    return state, frozen, [program(source) for source in self.rows]
 
 
 def _forward(
@@ -244,19 +251,14 @@ def _item_text(context: _Context) -> list[Program]:
     encoder, config, tokens, num_items=sizes.items, max_text_tokens=text.max_text_tokens
   )
   interactions = sizes.interactions or 20 * sizes.users
-  frozen = context.placed(
-    lambda: ItemTextFrozen(
-      context.entity_vectors(),
-      UserHistories(
-        jnp.zeros(sizes.users + 1, jnp.int32),
-        jnp.zeros(interactions, jnp.int32),
-        sizes.longest_history,
-      )
-      if config.false_negatives == 'history'
-      else None,
-    )
-  )
-  state, found = context.train(steps, steps, frozen, steps.batch_shapes)
+
+  def freeze() -> ItemTextFrozen:
+    offsets, items = jnp.zeros(sizes.users + 1, jnp.int32), jnp.zeros(interactions, jnp.int32)
+    histories = UserHistories(offsets, items, sizes.longest_history)
+    vectors = context.entity_vectors()
+    return ItemTextFrozen(vectors, histories if config.false_negatives == 'history' else None)
+
+  state, frozen, found = context.train(steps, steps, freeze, steps.batch_shapes)
   rows = text.eval_batch_size or max(context.rows.values())
   for source in context.rows:
     args = state.params, frozen, context.batch(steps.batch_shapes(source, rows))
@@ -325,10 +327,9 @@ def _item_language(
       bias=jnp.zeros(_trie_nodes(sizes)) if catalogue else None,
     )
 
-  frozen = context.placed(freeze)
   pack = text.pack
-  state, found = context.train(
-    steps, plain, frozen, lambda source, rows: steps.batch_shapes(source, rows, pack=pack)
+  state, frozen, found = context.train(
+    steps, plain, freeze, lambda source, rows: steps.batch_shapes(source, rows, pack=pack)
   )
   params = state.params
   rows = text.eval_batch_size or max(context.rows.values())

@@ -147,6 +147,16 @@ def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
   return parts.index(rows[jax.process_index()]), len(parts)
 
 
+def check_input_shards(asked: int | None, mesh: jax.sharding.Mesh) -> None:
+  """Raises UsageError for `train.input_shards` that the processes cannot share."""
+  _, parts = batch_part(mesh)
+  if asked is not None and (asked < 1 or asked % parts):
+    raise UsageError(
+      f'train.input_shards={asked}: {parts} processes cannot share them evenly. Use a multiple of'
+      f' {parts}; a run that began with {parts} can go on with fewer processes, too.'
+    )
+
+
 def input_shards(
   batch_size: int, mesh: jax.sharding.Mesh, num_shards: int | None = None
 ) -> InputShards:
@@ -189,10 +199,9 @@ def open_reader(
     num_shards = began or asked or shards.host_count
     if num_shards % shards.host_count:
       raise UsageError(
-        f'source {source!r}: its batches are packed in {num_shards} shards'
-        f' ({"as the run began" if began else "train.input_shards"}), which {shards.host_count}'
-        f' processes cannot share evenly. A new run with train.input_shards={shards.host_count}'
-        ' can go on with fewer processes, too.'
+        f'source {source!r}: the run began with batches packed in {num_shards} shards, which'
+        f' {shards.host_count} processes cannot share evenly. A new run with'
+        f' train.input_shards={shards.host_count} can go on with fewer processes, too.'
       )
     shards = input_shards(inputs.batch_size[source], inputs.mesh, num_shards)
     position = None if position is None else position[shards.local]

@@ -188,6 +188,53 @@ ENTRY %main (x: f32[5,8], i: s32[]) -> f32[1,8] {
   assert found.hbm_bytes == 32 + 4 + 32
 
 
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+  """As libtpu writes it for v5e: begun, gone on with beside a sum, waited for."""
+  gather = '%all = f32[16] all-gather(%shard), replica_groups={{0,1}}, x={chain_id="3"}'
+  alias = 'kind=kCustom, output_to_operand_aliasing='
+  both = alias + '{{1}: (0, {}), {2}: (1, {})}'
+  text = f"""
+%begin (shard: f32[8]) -> (f32[8], f32[16]) {{
+  %shard = f32[8] parameter(0)
+  {gather}
+  ROOT %c = (f32[8], f32[16]) custom-call(%all), custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (shard: f32[8], whole: f32[16], a: f32[4], b: f32[4]) -> (f32[4], f32[8], f32[16]) {{
+  %shard = f32[8] parameter(0)
+  %whole = f32[16] parameter(1)
+  {gather}
+  %a = f32[4] parameter(2)
+  %b = f32[4] parameter(3)
+  %sum = f32[4] add(%a, %b)
+  ROOT %t = (f32[4], f32[8], f32[16]) tuple(%sum, %shard, %whole)
+}}
+
+%end (shard: f32[8], whole: f32[16]) -> f32[16] {{
+  %shard = f32[8] parameter(0)
+  %whole = f32[16] parameter(1)
+  {gather}
+  ROOT %c = f32[16] custom-call(%shard, %whole, %all), custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (x: f32[8], y: f32[4]) -> f32[16] {{
+  %x = f32[8] parameter(0)
+  %y = f32[4] parameter(1)
+  %s = (f32[8], f32[16]) fusion(%x), {alias}{{{{0}}: (0, {{}})}}, calls=%begin
+  %s0 = f32[8] get-tuple-element(%s), index=0
+  %s1 = f32[16] get-tuple-element(%s), index=1
+  %m = (f32[4], f32[8], f32[16]) fusion(%s0, %s1, %y, %y), {both}, calls=%beside
+  %m1 = f32[8] get-tuple-element(%m), index=1
+  %m2 = f32[16] get-tuple-element(%m), index=2
+  ROOT %out = f32[16] fusion(%m1, %m2), {alias}{{{{}}: (1, {{}})}}, calls=%end
+}}
+"""
+  found = hlo.costs(text, 2)
+  assert found.collectives == {'all-gather': hlo.Collective(1, 64, 32)}
+  # A part is read, the whole is written; beside it, two vectors are read and their sum written.
+  assert found.hbm_bytes == (32 + 64) + 3 * 16
+
+
 # ---------------------------------------------------------------- what does not fit
 
 

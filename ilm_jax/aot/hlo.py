@@ -148,9 +148,9 @@ def costs(text: str, num_devices: int) -> Costs:
     for x in instructions:
       for callee, turns in _callees(x, computations, total):
         run(callee, times * turns, is_fused or x.opcode in ('fusion', 'async-start'))
-      kind = x.opcode.removesuffix('-start')
-      if kind in COLLECTIVES:
-        _add_collective(total.collectives[kind], x, by_name, times, num_devices)
+      if _is_collective(x):
+        kind = total.collectives[x.opcode.removesuffix('-start')]
+        _add_collective(kind, x, by_name, times, num_devices)
       if not is_fused:  # what is inside of it, its one line tells
         total.cycles += times * _cycles(x)
         total.hbm_bytes += times * _traffic(x, by_name, computations)
@@ -180,8 +180,25 @@ def _callees(
     yield x.called('to_apply')[0], 1
   elif x.opcode in ('fusion', 'async-start') and x.called('calls'):
     inside = computations[x.called('calls')[0]]
-    if any(y.opcode.removesuffix('-start') in COLLECTIVES for y in inside):
+    if any(_is_collective(y) for y in inside) and not _is_later_part(inside):
       yield x.called('calls')[0], 1
+
+
+def _is_collective(x: Instruction) -> bool:
+  return x.opcode.removesuffix('-start') in COLLECTIVES
+
+
+def _is_part(inside: Sequence[Instruction]) -> bool:
+  """Whether a fusion is a part of a collective that libtpu for v5e spreads over several.
+
+  The first begins it, others go on with it beside their own work, the last waits for it. All name
+  it, by the same `chain_id`, and hand on its buffers.
+  """
+  return any(_is_collective(x) and 'chain_id=' in x.rest for x in inside)
+
+
+def _is_later_part(inside: Sequence[Instruction]) -> bool:
+  return _is_part(inside) and not any('"AsyncCollectiveStart"' in x.rest for x in inside)
 
 
 def _turns(x: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
@@ -261,8 +278,12 @@ def _traffic(
     return x.hbm_bytes + sum(y.hbm_bytes for y in operands)
   inside = computations[x.called('calls')[0]]
   total = float(_written(x, inside))
+  handed_on: set[str] = set()
+  if _is_later_part(inside):
+    root = next(y for y in inside if y.is_root)
+    handed_on = {name for y in (root, *filter(_is_collective, inside)) for name in y.operands}
   for y in inside:
-    if y.opcode == 'parameter':
+    if y.opcode == 'parameter' and y.name not in handed_on:
       size = operands[int(y.operands[0])].hbm_bytes
       total += _read(y, inside, size, computations)
   return total
@@ -299,6 +320,13 @@ def _read(
 def _written(fusion: Instruction, inside: Sequence[Instruction]) -> int:
   by_name = {x.name: x for x in inside}
   root = next(x for x in inside if x.is_root)
+  if _is_part(inside):  # of it, what is not an operand that is handed on
+    aliased = re.search(r'output_to_operand_aliasing=\{(.*?\))\}', fusion.rest)
+    same = re.findall(r'\{(\d*)\}: \(', aliased[1] if aliased else '')
+    arrays = [] if '' in same else _ARRAY.finditer(fusion.shape)
+    return sum(
+      shape_bytes(array[0], hbm_only=True) for i, array in enumerate(arrays) if str(i) not in same
+    )
   while root.opcode == 'bitcast':
     root = by_name[root.operands[0]]
   if root.opcode == 'dynamic-update-slice':

@@ -220,18 +220,19 @@ def attend(
     scale: of the scores.
     softcap: c: scores become c tanh(score / c).
     bias: [B or 1, H, T, S + T'], added to the scores.
-    implementation: 'cudnn': a fused kernel where there is neither a cache nor a softcap.
+    implementation: 'cudnn': cuDNN's fused kernel where it serves, which is without a cache, softcap
+      or bias, and as `cudnn_serves` says; 'xla' elsewhere.
 
   Returns:
     [B, H, T, C].
   """
   batch, heads, length, width = query.shape
-  if implementation == 'cudnn' and cached is None and softcap is None:
+  is_plain = cached is softcap is bias is None and new.key.shape[0] == batch
+  if implementation == 'cudnn' and is_plain and cudnn_serves(query, new.key, _compute_capability()):
     attended = jax.nn.dot_product_attention(
       query.swapaxes(1, 2),
       new.key.swapaxes(1, 2),
       new.value.swapaxes(1, 2),
-      bias=bias,
       mask=mask[:, None],
       scale=scale,
       implementation='cudnn',
@@ -255,6 +256,27 @@ def attend(
   if cached is not None:
     attended += _weighted(weights[..., :before], cached.value)
   return attended.astype(query.dtype).reshape(query.shape)
+
+
+def cudnn_serves(query: Any, key: Any, capability: float) -> bool:
+  """Whether cuDNN has a kernel for [B, H, T, C] and [B, N, S, C] under a mask, backwards as well.
+
+  `capability` is the compute capability of the GPU, 0 for what is none of NVIDIA's. The conditions
+  are those of jax.nn.dot_product_attention, which fails where they do not hold.
+  """
+  width = query.shape[-1]
+  return (
+    capability >= 8.0
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and width % 8 == 0
+    and width <= (256 if capability >= 9.0 else 128)
+    and query.shape[-2] % 2 == key.shape[-2] % 2 == 0
+  )
+
+
+def _compute_capability() -> float:
+  device = jax.local_devices()[0]
+  return float(device.compute_capability) if 'cuda' in device.client.platform_version else 0.0
 
 
 def _scores(query: jax.Array, key: jax.Array) -> jax.Array:

@@ -46,9 +46,10 @@ class Compute:
     scan_layers: one compiled layer that runs L times, over parameters stacked along a first axis,
       'layers/...'; else L layers, 'layers_0/...', which compile L times as long. XLA for CPUs
       converts stacked bfloat16 to float32 in every call: there, False is twice as fast.
-    attention: 'xla'; or a fused kernel that never holds [T, T] scores: 'splash' (TPU) or 'cudnn'
-      (NVIDIA), which serve calls without a cache, a prefix mask or a mask of the caller's. Splash
-      takes the order of tokens from their places in the row, as packed rows have it.
+    attention: 'xla'; or a fused kernel that never holds [T, T] scores, where it serves: 'splash'
+      (TPU), for calls without a cache, a prefix mask or a mask of the caller's, which takes the
+      order of tokens from their places in the row, as packed rows have it; or 'cudnn' (NVIDIA), see
+      `ilm_jax.modules.attention.attend`.
   """
 
   dtype: Any = jnp.float32

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 
 from ilm_jax.checkpoints.lm.load import default_compute
@@ -63,7 +64,7 @@ class LmOptions:
     tokenizer: a file, where the checkpoint has none.
     trained: whether it is trained too (the paper's text_only and full fine-tuning).
     remat: 'none', 'dots' or 'full': see `ilm_jax.modules.layers.Compute`.
-    attention: 'xla', 'splash' or 'cudnn'.
+    attention: 'xla', 'splash' or 'cudnn'; by default 'cudnn' on GPUs and 'xla' elsewhere.
     int8: whether its weights are kept in 8 bits.
   """
 
@@ -71,15 +72,28 @@ class LmOptions:
   tokenizer: str | None = None
   trained: bool = False
   remat: str = 'none'
-  attention: str = 'xla'
+  attention: str | None = None
   int8: bool = False
 
 
+_PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
+
+
 def lm_compute(options: LmOptions, platform: str | None = None) -> Compute:
-  """How the language model is run on a platform; by default where JAX runs."""
-  compute = dataclasses.replace(
-    default_compute(platform), remat=options.remat, attention=options.attention
-  )
+  """How the language model is run on a platform; by default where JAX runs.
+
+  Raises:
+    UsageError: the attention that is named is another platform's.
+  """
+  platform = platform or jax.default_backend()
+  if (needed := _PLATFORMS.get(options.attention or '', platform)) != platform:
+    raise UsageError(
+      f'train.lm.attention={options.attention!r} is a kernel for {needed.upper()}s, and this is a'
+      f" {platform.upper()}. Leave it out (--lm.attention=None), or use 'xla', which runs anywhere."
+    )
+  compute = default_compute(platform)
+  attention = options.attention or compute.attention
+  compute = dataclasses.replace(compute, remat=options.remat, attention=attention)
   if options.trained:
     return dataclasses.replace(compute, param_dtype=jnp.float32)
   return dataclasses.replace(compute, param_dtype='int8') if options.int8 else compute

@@ -13,6 +13,7 @@ from ilm_jax.modules.attention import (
   NewTokens,
   Tokens,
   attend,
+  cudnn_serves,
   init_cache,
   tokens_at,
   visible,
@@ -163,3 +164,33 @@ def test_a_window_has_the_token_itself_and_those_before():
 . . . 1 1 1""")
   got = within(queries, queries, 3) & visible(queries, queries)
   np.testing.assert_array_equal(got[0], expected)
+
+
+# ---------------------------------------------------------------- cuDNN
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'width', 'lengths', 'capability', 'expected'),
+  [
+    ('bfloat16', 128, (64, 64), 8.0, True),
+    ('bfloat16', 256, (64, 64), 9.0, True),
+    ('float16', 64, (2, 64), 12.0, True),
+    ('bfloat16', 256, (64, 64), 8.9, False),
+    ('bfloat16', 128, (64, 64), 7.5, False),
+    ('bfloat16', 128, (64, 64), 0.0, False),
+    ('float32', 128, (64, 64), 9.0, False),
+    ('bfloat16', 60, (64, 64), 9.0, False),
+    ('bfloat16', 128, (63, 64), 9.0, False),
+    ('bfloat16', 128, (64, 63), 9.0, False),
+  ],
+)
+def test_where_cudnn_serves(dtype, width, lengths, capability, expected):
+  query, key = (jax.ShapeDtypeStruct((2, 4, length, width), dtype) for length in lengths)
+  assert cudnn_serves(query, key, capability) == expected
+
+
+def test_without_an_nvidia_gpu_cudnn_serves_nowhere():
+  query = normal(2, 2, 4, 8).astype(jnp.bfloat16)
+  new, mask = KeyValue(query, query), np.tri(4, dtype=bool)[None]
+  expected = attend(query, new, None, mask)
+  np.testing.assert_array_equal(attend(query, new, None, mask, implementation='cudnn'), expected)

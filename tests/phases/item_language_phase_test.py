@@ -310,6 +310,7 @@ def test_sources(settings):
     ({'lm': {}}, r"train\.lm: \{'name': \.\.\.\} is missing"),
     ({'lm': {'name': 'smollm_135m'}}, r"Did you mean 'smollm2_135m'"),
     ({'lm': {'name': 'x', 'traind': True}}, r"traind.*Did you mean 'trained'"),
+    ({'lm': {'name': 'x', 'attention': 'cudnn'}}, r'is a kernel for GPUs, and this is a CPU'),
     ({'model': 'item_text'}, r'train\.lm: .*item_text.* has no such options'),
     ({'model': 'item_langauge'}, r"'item_language' is what there is|Did you mean 'item_language'"),
   ],

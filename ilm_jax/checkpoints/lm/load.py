@@ -198,9 +198,11 @@ def make_module(config: DecoderConfig | T5Config, compute: Compute) -> Decoder |
 
 def default_compute(platform: str | None = None) -> Compute:
   """How frozen models are run on a platform ('cpu', 'gpu', 'tpu'; by default where JAX runs)."""
-  if (platform or jax.default_backend()) == 'cpu':
+  platform = platform or jax.default_backend()
+  if platform == 'cpu':
     return Compute(param_dtype=jnp.bfloat16, bf16_matmul=True, scan_layers=False)
-  return Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+  attention = 'cudnn' if platform == 'gpu' else 'xla'
+  return Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, attention=attention)
 
 
 def abstract_params(module: Decoder | T5, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES):

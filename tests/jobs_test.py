@@ -175,8 +175,7 @@ def test_phase_2_runs(films_directory, lm_directory, phase1_run, tmp_path, capfd
   argv = [f'--gin_file=jobs/{job}.gin', '--gin_file=local_tiny_phase2.gin']
   argv += [f'--gin.DATA={films_directory}', f'--gin.LM={lm_directory}']
   argv += [f'--gin.MODEL_DIR={tmp_path}']
-  # Fused attention is for TPUs; the mesh is that of a pod.
-  argv += ['--gin.LM_ATTENTION=xla', '--gin.MESH=None'] if job in PODS else []
+  argv += ['--gin.MESH=None'] if job in PODS else []  # which is that of a pod
   soft_tokens, trains_lm, readout = PHASE2[job]
   before = phase1_run(HAND_OFF[job], soft_tokens) if job in HAND_OFF else None
   argv += [f'--gin.PHASE1={before}'] if before else []

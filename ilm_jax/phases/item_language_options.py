@@ -1,6 +1,7 @@
 """The options of phase 2, and what is made of them."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -64,7 +65,8 @@ class LmOptions:
     tokenizer: a file, where the checkpoint has none.
     trained: whether it is trained too (the paper's text_only and full fine-tuning).
     remat: 'none', 'dots' or 'full': see `ilm_jax.modules.layers.Compute`.
-    attention: 'xla', 'splash' or 'cudnn'; by default 'cudnn' on GPUs and 'xla' elsewhere.
+    attention: 'xla', 'splash' (TPU) or 'cudnn' (GPU); by default, and where that kernel does not
+      exist, 'cudnn' on GPUs and 'xla' elsewhere.
     int8: whether its weights are kept in 8 bits.
   """
 
@@ -76,23 +78,24 @@ class LmOptions:
   int8: bool = False
 
 
+_log = logging.getLogger(__name__)
 _PLATFORMS = {'splash': 'tpu', 'cudnn': 'gpu'}
 
 
 def lm_compute(options: LmOptions, platform: str | None = None) -> Compute:
   """How the language model is run on a platform; by default where JAX runs.
 
-  Raises:
-    UsageError: the attention that is named is another platform's.
+  A run may be made on TPUs and asked on a laptop: there, a kernel of TPUs is left out, and told.
   """
   platform = platform or jax.default_backend()
-  if (needed := _PLATFORMS.get(options.attention or '', platform)) != platform:
-    raise UsageError(
-      f'train.lm.attention={options.attention!r} is a kernel for {needed.upper()}s, and this is a'
-      f" {platform.upper()}. Leave it out (--lm.attention=None), or use 'xla', which runs anywhere."
-    )
   compute = default_compute(platform)
   attention = options.attention or compute.attention
+  if (needed := _PLATFORMS.get(attention, platform)) != platform:
+    _log.warning(
+      'train.lm.attention=%r is a kernel for %ss, and this is a %s: %r is used.',
+      attention, needed.upper(), platform.upper(), compute.attention,
+    )  # fmt: skip
+    attention = compute.attention
   compute = dataclasses.replace(compute, remat=options.remat, attention=attention)
   if options.trained:
     return dataclasses.replace(compute, param_dtype=jnp.float32)

@@ -14,6 +14,7 @@ from ilm_jax.checkpoints.manager import read_identity, restore_params
 from ilm_jax.errors import UsageError
 from ilm_jax.metric_log import read_jsonl
 from ilm_jax.phases.item_language import ItemLanguagePhase
+from ilm_jax.phases.item_language_options import LmOptions, lm_compute
 from ilm_jax.phases.phase import InputOptions
 from ilm_jax.phases.settings import PhaseSettings, restore_phase
 from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh, place_constants, use_mesh
@@ -283,6 +284,25 @@ def test_sources(settings):
 
 
 @pytest.mark.parametrize(
+  ('named', 'platform', 'expected', 'warned'),
+  [
+    (None, 'cpu', 'xla', False),
+    (None, 'gpu', 'cudnn', False),
+    (None, 'tpu', 'xla', False),
+    ('splash', 'tpu', 'splash', False),
+    ('splash', 'gpu', 'cudnn', True),
+    ('splash', 'cpu', 'xla', True),
+    ('cudnn', 'tpu', 'xla', True),
+    ('xla', 'gpu', 'xla', False),
+  ],
+)
+def test_a_kernel_of_another_platform_is_left_out(named, platform, expected, warned, caplog):
+  compute = lm_compute(LmOptions('any', attention=named), platform)
+  assert compute.attention == expected
+  assert (f'attention={named!r} is a kernel for ' in caplog.text) == warned
+
+
+@pytest.mark.parametrize(
   ('change', 'message'),
   [
     (
@@ -310,7 +330,6 @@ def test_sources(settings):
     ({'lm': {}}, r"train\.lm: \{'name': \.\.\.\} is missing"),
     ({'lm': {'name': 'smollm_135m'}}, r"Did you mean 'smollm2_135m'"),
     ({'lm': {'name': 'x', 'traind': True}}, r"traind.*Did you mean 'trained'"),
-    ({'lm': {'name': 'x', 'attention': 'cudnn'}}, r'is a kernel for GPUs, and this is a CPU'),
     ({'model': 'item_text'}, r'train\.lm: .*item_text.* has no such options'),
     ({'model': 'item_langauge'}, r"'item_language' is what there is|Did you mean 'item_language'"),
   ],

@@ -208,12 +208,11 @@ def test_the_parameters_of_another_run_begin_a_new_one(settings, straight, tmp_p
 def test_parameters_that_are_not_there_are_told_before_anything_is_compiled(
   settings, tmp_path, monkeypatch
 ):
-  def compile_none(*_):
-    raise AssertionError('compiled')
-
-  monkeypatch.setattr(jax.stages.Lowered, 'compile', compile_none)
+  begun: list[str] = []
+  monkeypatch.setattr(train_module._CompiledSteps, 'begin', lambda _, source: begun.append(source))
   with pytest.raises(UsageError, match='nowhere'):
     train(model_dir=tmp_path / 'run', **settings, restore_from=str(tmp_path / 'nowhere'))
+  assert not begun
 
 
 @pytest.mark.parametrize(

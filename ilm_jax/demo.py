@@ -8,11 +8,15 @@ DIR/phase1       a run of phase 1        DIR/*/evaluation      what they are wor
 DIR/stages.json  what is done            DIR/report.{html,json}
 """
 
+import contextlib
+import fcntl
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +59,16 @@ def demo(
     seed: of the runs.
 
   Raises:
-    UsageError: output holds a demo with another language model.
+    UsageError: output holds a demo with another language model, another demo is at work there, or
+      a stage failed.
   """
   output = output.expanduser()
   output.mkdir(parents=True, exist_ok=True)
+  with _alone(output) as lock:
+    _demo(output, lm, jobs, smoke, seed, lock)
+
+
+def _demo(output: Path, lm: str, jobs: str, smoke: bool, seed: int, lock: int) -> None:
   done = _Done(output / STAGES_FILE, {'lm': lm, 'jobs': jobs, 'smoke': smoke, 'seed': seed})
   for stage in _stages(output, lm, jobs, smoke, seed):
     if stage.name in done:
@@ -68,11 +78,11 @@ def demo(
       shutil.rmtree(stage.output)
     _say(f'{stage.name}:\n  ilm {" ".join(map(_quoted, stage.words))}')
     start = time.monotonic()
-    finished = subprocess.run([sys.executable, '-m', 'ilm_jax.main', *stage.words], check=False)
-    if finished.returncode:
+    status = _run(stage.words, lock)
+    if status:
       raise UsageError(
-        f'demo: {stage.name} ended with status {finished.returncode}; what it said is above. Run'
-        ' the demo again to go on from there.'
+        f'demo: {stage.name} ended with status {status}; what it said is above. Run the demo again'
+        ' to go on from there.'
       )
     done.add(stage.name, time.monotonic() - start)
     _say(f'{stage.name}: {duration(done.seconds(stage.name))}')
@@ -84,6 +94,49 @@ def demo(
   _say(f'report: {duration(time.monotonic() - start)}')
   print(summary)
   print(f'\n{output / "report.html"} has all of it, {output / "report.json"} the same figures.')
+
+
+@contextlib.contextmanager
+def _alone(output: Path) -> Iterator[int]:
+  """Refuses a second demo in a directory; yields the lock, which a stage inherits.
+
+  So it lasts until both have ended: a stage goes on where its demo was killed with SIGKILL.
+  """
+  with open(output / '.lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UsageError(
+        f'{output}: another demo is at work there, or a stage of one that was killed. Wait for it,'
+        f' stop it (`pgrep -af {output}` finds it), or name another output.'
+      ) from error
+    yield file.fileno()
+
+
+def _run(words: tuple[str, ...], lock: int) -> int:
+  """Runs a command of `ilm` to its end, which SIGTERM and Ctrl-C ask for; returns its status.
+
+  Training saves before it ends. A command that was asked to end has not finished, whatever its
+  status: then this process ends as the signal says.
+  """
+  heard: list[int] = []
+
+  def note(number: int, _: Any) -> None:
+    heard.append(number)
+    if number == signal.SIGTERM:  # Ctrl-C reaches all processes of the terminal by itself
+      stage.send_signal(number)
+
+  command = [sys.executable, '-m', 'ilm_jax.main', *words]
+  with subprocess.Popen(command, pass_fds=(lock,)) as stage:
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+      status = stage.wait()
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+  if heard:
+    signal.raise_signal(heard[0])
+  return status
 
 
 def _stages(output: Path, lm: str, jobs: str, smoke: bool, seed: int) -> list[Stage]:

@@ -1,9 +1,13 @@
 """`ilm demo` with tiny models on MovieLens-100K: all of it, again, and after an interruption."""
 
+import fcntl
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -218,3 +222,45 @@ def test_a_stage_that_fails_is_told_and_not_done(tmp_path, capfd):
   assert 'demmo_phase1.gin' in capfd.readouterr().err
   assert read(tmp_path / STAGES_FILE) == values
   assert [path.name for path in tmp_path.iterdir()] == [STAGES_FILE]
+
+
+@pytest.mark.network
+def test_a_demo_that_is_stopped_stops_its_stage_and_one_that_is_killed_locks_others_out(tmp_path):
+  directory = tmp_path / 'demo'
+
+  def start():
+    command = [sys.executable, '-m', 'ilm_jax.main', 'demo', f'--output={directory}', '--smoke']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+      if line.startswith('  ilm prepare'):
+        return process
+    raise AssertionError(f'ended with {process.wait()}')
+
+  def lock_is_free():
+    with open(directory / '.lock') as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        return False
+    return True
+
+  process = start()
+  time.sleep(0.5)  # the handler is set right after the stage has started
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=60) == -signal.SIGTERM
+  assert lock_is_free()  # the stage holds it as long as it runs
+  assert not (directory / STAGES_FILE).exists()
+
+  process = start()
+  time.sleep(0.5)
+  process.kill()
+  assert process.wait(timeout=60) == -signal.SIGKILL
+  with pytest.raises(UsageError, match='another demo is at work there, or a stage of one that was'):
+    demo(output=directory, smoke=True)
+  children = subprocess.run(['pgrep', '-f', str(directory)], capture_output=True, text=True)
+  for pid in children.stdout.split():
+    os.kill(int(pid), signal.SIGKILL)
+  deadline = time.monotonic() + 60
+  while not lock_is_free():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)

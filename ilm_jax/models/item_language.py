@@ -72,7 +72,8 @@ class ItemLanguageConfig:
     max_targets: target tokens of a row, at most; logits are taken for so many positions. None: of
       every position, which is a waste where prompts are long.
     chunk: positions of each device of which logits are held at once.
-    whole_catalogue: the readout is trained on all items of a catalogue up to this size.
+    whole_catalogue: the readout is trained on all items of a catalogue up to this size: all are
+      encoded in every step, in time and memory (docs/performance.md).
     num_negatives: items that stand for the others in larger ones.
   """
 
@@ -82,7 +83,7 @@ class ItemLanguageConfig:
   popularity_weight: float = 0.0
   max_targets: int | None = None
   chunk: int = 256
-  whole_catalogue: int = 100_000
+  whole_catalogue: int = 10_000
   num_negatives: int = 8192
 
   @property

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.modules.backward import softmax
+
 UNWRITTEN = jnp.iinfo(jnp.int32).max  # position of a place in a cache that holds no token
 SHARED = -1  # segment id of cached tokens that all segments see: the beginning of every prompt
 _MASKED = -1e30
@@ -250,7 +252,7 @@ def attend(
   if bias is not None:
     scores += bias.reshape(bias.shape[0], kv_heads, -1, *bias.shape[2:])
   scores = jnp.where(mask[:, None, None], scores, _MASKED)
-  weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+  weights: Any = softmax(scores, query.dtype)
   before = 0 if cached is None else cached.key.shape[-2]
   attended = _weighted(weights[..., before:], new.value)
   if cached is not None:

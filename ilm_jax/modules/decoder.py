@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from ilm_jax.modules import attention
 from ilm_jax.modules.attention import Cache, KeyValue, NewTokens, Tokens
+from ilm_jax.modules.backward import ACTIVATIONS, in_branch
 from ilm_jax.modules.layers import (
-  ACTIVATIONS,
   Compute,
   Embedder,
   GatedMlp,
@@ -169,14 +169,13 @@ class Decoder(nn.Module):
     batch, length, _ = embeddings.shape
     tokens = attention.tokens_at(batch, length, positions, segment_ids)
 
-    def ropes() -> tuple[Any, Any]:
+    def ropes(_: jax.Array) -> tuple[Any, Any]:
       everything = _rope(tokens.positions, c, local=False)
       return everything, _rope(tokens.positions, c, local=True) if any(c.is_local) else None
 
-    if not self.compute.scan_layers:
-      # XLA for CPUs would compute sines in every layer and head, but keeps the result of a branch.
-      ropes = functools.partial(jax.lax.cond, embeddings[0, 0, 0] > 0, ropes, ropes)
-    shared = _Shared(tokens, *ropes())
+    # Else sines are computed in every layer and head.
+    both = ropes(embeddings) if self.compute.scan_layers else in_branch(ropes, embeddings)
+    shared = _Shared(tokens, *both)
     if not (self.compute.attention == 'splash' and cache is prefix_mask is mask is None):
       everything, local = _masks(c, tokens, prefix_mask, mask, cache)
       shared = shared._replace(mask=everything, local_mask=local)

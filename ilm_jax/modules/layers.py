@@ -5,8 +5,6 @@ width, V vocabulary.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.modules.backward import gated, layer_norm, rms_norm
 from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
 from ilm_jax.sharding import constrain, gathered, with_axes
 
@@ -21,11 +20,6 @@ from ilm_jax.sharding import constrain, gathered, with_axes
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-  'gelu': nn.gelu,  # the tanh approximation, as in Gemma and T5
-  'silu': nn.silu,
-  'relu': nn.relu,
 }
 _FLOATS = ('float32', 'bfloat16', 'float16')
 ATTENTIONS = ('xla', 'cudnn', 'splash')
@@ -72,6 +66,11 @@ class Compute:
   def is_int8(self) -> bool:
     return jnp.dtype(self.param_dtype) == jnp.int8
 
+  @property
+  def saved_dtype(self) -> Any:
+    """Of what is kept for the backward pass alone, whose gradients are rounded anyway."""
+    return jnp.bfloat16 if self.bf16_matmul else self.dtype
+
 
 class RMSNorm(nn.Module):
   """x / rms(x) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467).
@@ -87,17 +86,12 @@ class RMSNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     ones = with_axes(nn.initializers.ones, (self.axis,))
     scale: Any = self.param('scale', ones, (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
-    normed = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.epsilon)
-    return (normed * scale).astype(self.dtype)
+    normed: Any = rms_norm(x, scale, self.epsilon)
+    return normed.astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
-  """Mean 0 and variance 1 over the last axis, times `scale`, plus `bias`, in float32.
-
-  The backward pass is written out: of flax.linen.LayerNorm's, XLA keeps several arrays as large as
-  the input, which is where the time goes on a CPU.
-  """
+  """Mean 0 and variance 1 over the last axis, times `scale`, plus `bias`, in float32."""
 
   epsilon: float
   dtype: Any
@@ -110,61 +104,6 @@ class LayerNorm(nn.Module):
     bias: Any = self.param('bias', with_axes(nn.initializers.zeros, (self.axis,)), shape)
     normed: Any = layer_norm(x.astype(jnp.float32), scale, bias, self.epsilon)
     return normed.astype(self.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-  """x [..., D], scale and bias [D] (Ba et al. 2016, arXiv:1607.06450)."""
-  return _layer_norm_forward(x, scale, bias, epsilon)[0]
-
-
-def _layer_norm_forward(x, scale, bias, epsilon):
-  mean = x.mean(axis=-1, keepdims=True)
-  inverse = jax.lax.rsqrt(jnp.square(x - mean).mean(axis=-1, keepdims=True) + epsilon)
-  return (x - mean) * inverse * scale + bias, (x, mean, inverse, scale)
-
-
-def _layer_norm_backward(epsilon, saved, gradient):
-  del epsilon
-  x, mean, inverse, scale = saved
-  normed = (x - mean) * inverse
-  rows = tuple(range(x.ndim - 1))
-  of_normed = gradient * scale
-  along = (of_normed * normed).mean(axis=-1, keepdims=True)
-  of_x = inverse * (of_normed - of_normed.mean(axis=-1, keepdims=True) - normed * along)
-  return of_x, (gradient * normed).sum(axis=rows), gradient.sum(axis=rows)
-
-
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gelu(x: jax.Array, saved_dtype: Any) -> jax.Array:
-  """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-  Its derivative is computed together with it and kept in `saved_dtype`, the only thing that the
-  backward pass finds saved: where gradients are rounded to bfloat16 anyway, in half of the memory.
-  """
-  del saved_dtype
-  return x * _normal_cdf(x)
-
-
-def _normal_cdf(x: jax.Array) -> jax.Array:
-  return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-def _gelu_forward(x, saved_dtype):
-  cdf = _normal_cdf(x)
-  slope = cdf + x * jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-  return x * cdf, slope.astype(saved_dtype)
-
-
-def _gelu_backward(saved_dtype, slope, gradient):
-  del saved_dtype
-  return (gradient * slope.astype(gradient.dtype),)
-
-
-gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Embedder(nn.Module):
@@ -287,7 +226,8 @@ class GatedMlp(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     gate = dense('wi_0', self.d_mlp, ('embed', 'mlp'), self.compute)(x)
     up = dense('wi_1', self.d_mlp, ('embed', 'mlp'), self.compute)(x)
-    hidden = ACTIVATIONS[self.activation](gate) * up
+    compute = self.compute
+    hidden: Any = gated(gate, up, self.activation, compute.saved_dtype, not compute.scan_layers)
     hidden = constrain(hidden, ('batch', 'length', 'mlp'))
     return dense('wo', x.shape[-1], ('mlp', 'embed'), self.compute)(hidden)
 

@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ilm_jax.modules.backward import gelu
 from ilm_jax.modules.dropout import Dropout
-from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm, gelu
+from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm
 from ilm_jax.modules.precision import bf16_dot_general
 from ilm_jax.sharding import constrain, gathered, with_axes
 

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 
 from ilm_jax.modules import attention
 from ilm_jax.modules.attention import Cache, KeyValue, NewTokens, Tokens
+from ilm_jax.modules.backward import ACTIVATIONS
 from ilm_jax.modules.layers import (
-  ACTIVATIONS,
   Compute,
   Embedder,
   GatedMlp,

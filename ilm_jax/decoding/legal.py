@@ -109,7 +109,7 @@ def legal_log_probs(
 
 
 def _logsumexp(logits: Any) -> jax.Array:
-  """Over the last axis, of many, where no gradient is asked for.
+  """[M, V] -> [M], where no gradient is asked for.
 
   The sum is a product with ones: XLA on CPUs takes four times as long for a sum that it computes
   together with its exponentials.

@@ -74,7 +74,7 @@ rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax(scores: jax.Array, dtype: Any) -> jax.Array:
-  """Over the last axis, in float32, rounded to `dtype`. Kept: the result."""
+  """Of scores [..., S] over the last axis, in float32, rounded to `dtype`. Kept: the result."""
   return jax.nn.softmax(scores, axis=-1).astype(dtype)
 
 
@@ -94,7 +94,7 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gelu(x: jax.Array, saved_dtype: Any) -> jax.Array:
-  """x Phi(x), the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+  """x Phi(x) of each element, the exact GELU (Hendrycks & Gimpel 2016, arXiv:1606.08415).
 
   Kept: its derivative, in `saved_dtype`, which is half of the memory where gradients are rounded to
   bfloat16 anyway.
@@ -125,7 +125,7 @@ gelu.defvjp(_gelu_forward, _gelu_backward)
 def gated(
   gate: jax.Array, up: jax.Array, activation: str, saved_dtype: Any, as_branch: bool
 ) -> jax.Array:
-  """ACTIVATIONS[activation](gate) * up. Kept: the derivatives by both, in `saved_dtype`.
+  """ACTIVATIONS[activation](gate) * up, [..., F]. Kept: both derivatives, in `saved_dtype`.
 
   `as_branch` is of `in_branch`.
   """

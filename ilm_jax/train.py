@@ -25,6 +25,7 @@ from ilm_jax import config_files, flops, sharding
 from ilm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointManager, restore_params
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.metric_log import MetricLog, Profile
+from ilm_jax.modules.precision import multiplies_bfloat16
 from ilm_jax.phases.phase import (
   InputOptions,
   Phase,
@@ -176,7 +177,9 @@ def train(
   settings = PhaseSettings(model, {name: x for name, x in options.items() if x is not None})
   phase = settings.make(inputs)
   check_sources(schedule, phase.sources())
-  peak, _ = flops.peak_flops(devices.devices.flat[0])
+  device = devices.devices.flat[0]
+  precision = jnp.bfloat16 if multiplies_bfloat16(device.platform) else jnp.float32
+  peak, _ = flops.peak_flops(device, precision)
   learning_rates = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, min(warmup_steps, total_steps // 2), total_steps, final_learning_rate
   )

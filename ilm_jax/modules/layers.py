@@ -35,7 +35,7 @@ class Compute:
     param_dtype: of kernels and embeddings; the scales of norms are always float32. 'int8' is for
       frozen models: 8 bits, and a float32 factor for each output of a kernel and each token.
     bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
-      in float32. Twice as fast on CPUs that have bfloat16.
+      in float32. Twice as fast on CPUs that have bfloat16 (`multiplies_bfloat16`).
     remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
     scan_layers: one compiled layer that runs L times, over parameters stacked along a first axis,
       'layers/...'; else L layers, 'layers_0/...', which compile L times as long. XLA for CPUs

@@ -1,14 +1,41 @@
 """Matrix products with bfloat16 operands and float32 sums, forward and backward.
 
 A TPU multiplies float32 arrays this way by default. XLA on a CPU ignores such precision settings,
-and multiplies bfloat16 fast only where the result is asked for in float32.
+and multiplies bfloat16 fast only where the result is asked for in float32, on a CPU that has
+instructions for it. On others, float32 is faster.
 """
 
+import functools
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+_CPUINFO = Path('/proc/cpuinfo')
+_X86_BFLOAT16 = frozenset({'avx512_bf16', 'amx_bf16'})
+
+
+def multiplies_bfloat16(platform: str | None = None) -> bool:
+  """Whether a platform multiplies bfloat16 faster than float32.
+
+  Accelerators do, and of CPUs x86 ones with AVX512_BF16 or AMX_BF16. Others convert first, which
+  made training steps and beams 1.3 to 1.4 times as long (docs/performance.md). Arm's CPUs have not
+  been measured, and count as others.
+
+  Args:
+    platform: 'cpu', 'gpu' or 'tpu'; by default where JAX runs.
+  """
+  return (platform or jax.default_backend()) != 'cpu' or bool(_X86_BFLOAT16 & _cpu_flags())
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+  text = _CPUINFO.read_text() if _CPUINFO.exists() else ''  # Linux alone has it
+  found = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
+  return frozenset(found[1].split() if found else ())
 
 
 def bf16_dot_general(

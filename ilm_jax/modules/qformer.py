@@ -46,7 +46,7 @@ class QFormerConfig:
     layer_norm_epsilon: BERT's.
     dtype: of activations; parameters are float32.
     bf16_matmul: multiply by kernels as a TPU does by default: operands rounded to bfloat16, sums
-      in float32. Twice as fast on CPUs that have bfloat16.
+      in float32. Twice as fast on CPUs that have bfloat16 (`multiplies_bfloat16`).
     remat: 'none', or what of a layer is kept for the backward pass: 'dots' or nothing ('full').
     scan_layers: one compiled group of layers that runs n times; else the same parameters in n
       groups, which take longer to compile. XLA for CPUs copies what the backward pass of a loop

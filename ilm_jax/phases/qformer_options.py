@@ -8,6 +8,7 @@ import jax
 
 from ilm_jax.config_types import make_dataclass
 from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.modules.precision import multiplies_bfloat16
 from ilm_jax.modules.qformer import SIZES, QFormerConfig
 
 
@@ -17,9 +18,9 @@ def qformer_config(
   """A size with changes.
 
   Args:
-    options: 'size', and fields of QFormerConfig.
+    options: 'size', and fields of QFormerConfig; bf16_matmul may be None: where that is faster.
     platform: where it will run ('cpu', 'gpu', 'tpu'; by default where JAX runs), which decides
-      whether its layers are scanned.
+      whether its layers are scanned, and what None is.
     **decided: fields that the data decide.
 
   Raises:
@@ -33,6 +34,8 @@ def qformer_config(
     )
   if given := [name for name in decided if name in options]:
     raise UsageError(f'train.item_encoder.{given[0]} is decided by the data: leave it out.')
+  if 'bf16_matmul' in options and options['bf16_matmul'] is None:
+    options['bf16_matmul'] = multiplies_bfloat16(platform)
   values = dataclasses.asdict(SIZES[size])
   values['scan_layers'] = (platform or jax.default_backend()) != 'cpu'
   return make_dataclass(QFormerConfig, values | options | decided, 'train.item_encoder')

@@ -7,7 +7,8 @@ docs/benchmarks.md. Each benchmark is a file beside this one, bench_NAME.py, wit
 
   rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]
 
-where `peaks` are FLOP/s of 'float32' and 'bfloat16', measured before all others.
+where `peaks` are FLOP/s of 'float32' and, on a CPU that multiplies it faster, 'bfloat16', measured
+before all others; the last is the machine's best precision.
 """
 
 import argparse

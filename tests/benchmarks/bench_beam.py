@@ -3,8 +3,9 @@
   python tests/benchmarks/bench.py --only beam
 
 Prompts are the titles of the last ten films of 64 users of MovieLens-100K; the catalogue is the
-titles of all films; the language model is SmolLM2-135M-Instruct in bfloat16, without a trained
-adaptor, so that ours is `beam_search` as Recommender.beams calls it, with rows padded as there.
+titles of all films; the language model is SmolLM2-135M-Instruct in the machine's best precision,
+without a trained adaptor, so that ours is `beam_search` as Recommender.beams calls it, with rows
+padded as there.
 
 The peer allows at each step what a trie of the titles allows (prefix_allowed_tokens_fn, as OpenP5
 does), for eight users at once. Where our probabilities are over the catalogue, the library's
@@ -34,15 +35,14 @@ OUR_ROWS, OUR_LENGTHS = 16, 32  # as in ilm_jax.recommender
 _PEER_ROWS = 8
 
 
-def ours(file: str, users: int, normalise: Normalise, check: bool, output: str) -> Run:
+def ours(file: str, users: int, normalise: Normalise, dtype: str, output: str) -> Run:
   import jax
 
   from ilm_jax.checkpoints.lm.load import load_lm
   from ilm_jax.decoding.beam import beam_search
   from ilm_jax.decoding.trie import build_trie
-  from ilm_jax.modules.layers import Compute
 
-  lm: Any = load_lm(ml100k.LM, compute=Compute(scan_layers=False) if check else None)
+  lm: Any = load_lm(ml100k.LM, compute=our_compute(dtype))
   prompts, titles = ml100k.read_prompts(file)
   trie = build_trie(titles, titles[0][-1])
 
@@ -67,6 +67,13 @@ def ours(file: str, users: int, normalise: Normalise, check: bool, output: str) 
   return run
 
 
+def our_compute(dtype: str) -> Any:
+  """Of `load_lm`: float32, or what it does by itself, which is the machine's best precision."""
+  from ilm_jax.modules.layers import Compute
+
+  return Compute(scan_layers=False) if dtype == 'float32' else None
+
+
 def our_batches(prompts: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
   """Tokens [B, T] and lengths [B], padded as a Recommender pads them."""
   width = -(-max(map(len, prompts)) // OUR_LENGTHS) * OUR_LENGTHS
@@ -81,16 +88,27 @@ def our_batches(prompts: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def peer(
-  file: str, users: int, normalise: Normalise, check: bool, output: str, share: bool = False
+  file: str,
+  users: int,
+  normalise: Normalise,
+  dtype: str,
+  output: str,
+  scores: bool = False,
+  share: bool = False,
 ) -> Run:
-  """`share`: whether a prompt is read once; left to itself, generate reads it for each beam."""
+  """Searches as transformers does.
+
+  Args:
+    scores: whether log-probabilities are returned, for which generate keeps those of each step.
+    share: whether a prompt is read once; left to itself, generate reads it for each beam.
+  """
   import os
 
   import torch
   from transformers import DynamicCache
 
   torch.set_num_threads(os.cpu_count() or 1)
-  model = ml100k.torch_lm('float32' if check else 'bfloat16')
+  model = ml100k.torch_lm(dtype)
   prompts, titles = ml100k.read_prompts(file)
   eos = titles[0][-1]
   item_of = {tuple(title): item for item, title in reversed(list(enumerate(titles)))}
@@ -123,13 +141,13 @@ def peer(
         eos_token_id=eos,
         pad_token_id=eos,
         return_dict_in_generate=True,
-        output_scores=check,  # keeps those of each step
+        output_scores=scores,
         **cached,
       )
     made = found.sequences[:, width:].tolist()
     items = [item_of[(*row[: row.index(eos)], eos)] for row in made]
-    scores = found.sequences_scores.numpy() if check else np.zeros(len(items))
-    return np.reshape(items, (-1, BEAMS)), np.reshape(scores, (-1, BEAMS))
+    log_probs = found.sequences_scores.numpy() if scores else np.zeros(len(items))
+    return np.reshape(items, (-1, BEAMS)), np.reshape(log_probs, (-1, BEAMS))
 
   def run() -> dict[str, float]:
     found = [
@@ -152,7 +170,7 @@ def for_each_user(found: Mapping[str, Measured], users: Mapping[str, int]) -> di
 
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
-  del peaks
+  best = [*peaks][-1]
   with tempfile.TemporaryDirectory() as directory:
     file = ml100k.arrays()
     titles = ml100k.read_prompts(str(file)).titles
@@ -160,10 +178,11 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
     def measured(normalise: Normalise, check: bool, rounds: int) -> dict[str, Measured]:
       sides = {}
       for name, users in USERS.items():
-        options: dict[str, Any] = {'file': str(file), 'normalise': normalise, 'check': check}
+        options: dict[str, Any] = {'file': str(file), 'normalise': normalise}
+        options['dtype'] = 'float32' if check else best
         options |= {'users': CHECKED if check else users, 'output': f'{directory}/{name}.npz'}
         if name != 'ours':
-          options['share'] = name == 'peer, shared'
+          options |= {'share': name == 'peer, shared', 'scores': check}
         sides[name] = Side(__file__, 'ours' if name == 'ours' else 'peer', options)
       return compare(sides, rounds)
 
@@ -183,13 +202,14 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
       for peer, how in _PEERS.items():
         rounded = agreement(peer)
         assert rounded.same > 0.8, rounded
+        also = f', {rounded.same:.0%} in bfloat16' if best == 'bfloat16' else ''
         yield timed(
           f'beam of {BEAMS} over {len(titles):,} titles for a user, probabilities over the'
-          f" {normalise}, {ml100k.LM}, bfloat16: transformers' generate, {how}",
+          f" {normalise}, {ml100k.LM}, {best}: transformers' generate, {how}",
           {'ours': sides['ours'], 'peer': sides[peer]},
           goal=10,
           note=f'{USERS["ours"]} users, {USERS[peer]} for transformers; of its titles ours are'
-          f' {exact[peer].same:.0%} in float32, {rounded.same:.0%} in bfloat16',
+          f' {exact[peer].same:.0%} in float32{also}',
         )
 
 

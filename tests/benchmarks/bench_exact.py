@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import ml100k
 import numpy as np
-from bench_beam import Normalise, for_each_user, our_batches
+from bench_beam import Normalise, for_each_user, our_batches, our_compute
 from paired import Run, Side, compare
 from table import Row, timed
 
@@ -25,15 +25,14 @@ TOLERANCE = 1e-3  # of the log-probability of a title, in float32
 _ROWS = 71  # titles that the peer scores at once: of 1,349 a 19th
 
 
-def ours(file: str, users: int, normalise: Normalise, check: bool, output: str) -> Run:
+def ours(file: str, users: int, normalise: Normalise, dtype: str, output: str) -> Run:
   import jax
 
   from ilm_jax.checkpoints.lm.load import load_lm
   from ilm_jax.decoding.exact import catalogue_scores, scoring_plan
   from ilm_jax.decoding.trie import build_trie
-  from ilm_jax.modules.layers import Compute
 
-  lm: Any = load_lm(ml100k.LM, compute=Compute(scan_layers=False) if check else None)
+  lm: Any = load_lm(ml100k.LM, compute=our_compute(dtype))
   prompts, titles = ml100k.read_prompts(file)
   plan = scoring_plan(build_trie(titles, titles[0][-1]), normalise)
 
@@ -52,14 +51,14 @@ def ours(file: str, users: int, normalise: Normalise, check: bool, output: str) 
   return run
 
 
-def peer(file: str, users: int, normalise: Normalise, check: bool, output: str) -> Run:
+def peer(file: str, users: int, normalise: Normalise, dtype: str, output: str) -> Run:
   import os
 
   import torch
   from transformers import DynamicCache
 
   torch.set_num_threads(os.cpu_count() or 1)
-  model = ml100k.torch_lm('float32' if check else 'bfloat16')
+  model = ml100k.torch_lm(dtype)
   prompts, titles = ml100k.read_prompts(file)
   following = ml100k.following(titles)
   order = sorted(range(len(titles)), key=lambda item: len(titles[item]))
@@ -115,19 +114,19 @@ def peer(file: str, users: int, normalise: Normalise, check: bool, output: str) 
 
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
-  del peaks
+  best = [*peaks][-1]
   with tempfile.TemporaryDirectory() as directory:
     file = ml100k.arrays()
 
-    def sides(normalise: Normalise, check: bool) -> dict[str, Side]:
-      options = {'file': str(file), 'normalise': normalise, 'check': check}
+    def sides(normalise: Normalise, dtype: str, users: Mapping[str, int]) -> dict[str, Side]:
+      options = {'file': str(file), 'normalise': normalise, 'dtype': dtype}
       return {
         name: Side(
           __file__,
           name,
-          {**options, 'users': 1 if check else users, 'output': f'{directory}/{name}.npy'},
+          {**options, 'users': users[name], 'output': f'{directory}/{name}.npy'},
         )
-        for name, users in USERS[normalise].items()
+        for name in ('ours', 'peer')
       }
 
     def outputs() -> tuple[np.ndarray, np.ndarray]:
@@ -136,18 +135,20 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
 
     for normalise in get_args(Normalise):
       users = USERS[normalise]
-      compare(sides(normalise, check=True), rounds=1)
+      compare(sides(normalise, 'float32', {'ours': 1, 'peer': 1}), rounds=1)
       ours, peer = outputs()
       np.testing.assert_allclose(ours, peer, atol=TOLERANCE)
-      found = compare(sides(normalise, check=False), min(rounds, 3))
+      found = compare(sides(normalise, best, users), min(rounds, 3))
       ours, peer = outputs()
       # In bfloat16 each side rounds in other places: titles of 11 tokens, 30 to 60 nats.
-      assert np.abs(ours - peer).mean() < 0.5, np.abs(ours - peer).mean()
+      apart = np.abs(ours - peer).mean()
+      assert apart < 0.5, apart
+      rounded = f', in bfloat16 {apart:.2f} nats apart' if best == 'bfloat16' else ''
       yield timed(
         f'log-probabilities of {ours.shape[1]:,} titles for a user, over the {normalise},'
-        f' {ml100k.LM}, bfloat16',
+        f' {ml100k.LM}, {best}',
         for_each_user(found, users),
         goal=5,
         note=f'{users["ours"]} users, {users["peer"]} for transformers; in float32 equal within'
-        f' {TOLERANCE:g}, in bfloat16 {np.abs(ours - peer).mean():.2f} nats apart',
+        f' {TOLERANCE:g}{rounded}',
       )

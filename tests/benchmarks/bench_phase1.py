@@ -45,7 +45,7 @@ ITEM_TEXT, USER_ITEM = 'item_text', 'user_item'
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
   for size, shape in SIZES.items():
-    for dtype, goal in GOALS.items():
+    for dtype in peaks:
       with tempfile.TemporaryDirectory() as directory:
         options = {'directory': directory, 'size': size, 'dtype': dtype}
         # Its steps take so long that a few tell enough, of the way that needs no compiler.
@@ -58,7 +58,7 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
         f'phase 1, item-text and user-item step, Q-Former {shape}, K {QUERIES}, batch {BATCH}, text'
         f' {TEXT}, {dtype}: torch, transformers',
         pair,
-        goal=goal,
+        goal=GOALS[dtype],
         peak=peaks[dtype],
         note=note,
       )

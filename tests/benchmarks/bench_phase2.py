@@ -58,7 +58,8 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
       spawn = multiprocessing.get_context('spawn')
       with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         pool.submit(save_lm, directory, lm).result()
-      for dtype, tolerances in TOLERANCES.items():
+      for dtype in peaks:
+        tolerances = TOLERANCES[dtype]
         options = {'directory': directory, 'dtype': dtype}
         ways = ways_of_torch()
         all_ways = {**ways, BY_LABELS: {'compiled': False, 'by_labels': True}}

@@ -4,8 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilm_jax.checkpoints.lm.load import default_compute
+from ilm_jax.modules import precision
 from ilm_jax.modules.layers import Compute, Embedder
-from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
+from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows, multiplies_bfloat16
+from ilm_jax.phases.qformer_options import qformer_config
 
 RNG = np.random.default_rng(0)
 
@@ -68,3 +71,33 @@ def test_gradients_go_through_the_head_of_a_frozen_model(param_dtype, bf16_matmu
 def test_a_product_that_is_none_of_activations_and_kernel():
   with pytest.raises(ValueError, match=r'activations @ kernel expected'):
     bf16_dot_general(jnp.ones((2, 3)), jnp.ones((4, 3)), (((1,), (1,)), ((), ())))
+
+
+@pytest.mark.parametrize(
+  ('cpuinfo', 'expected'),
+  [
+    ('flags\t\t: fpu avx2 avx512_bf16 amx_tile\n', True),
+    ('flags\t\t: fpu avx512f amx_bf16\n', True),
+    ('model name\t: avx512_bf16\nflags\t\t: fpu avx2 avx512f\nbugs\t: amx_bf16\n', False),
+    ('Features\t: fp asimd bf16\n', False),  # Arm
+    (None, False),  # no such file
+  ],
+)
+def test_bfloat16_is_taken_where_the_cpu_has_it(cpuinfo, expected, tmp_path, monkeypatch):
+  file = tmp_path / 'cpuinfo'
+  if cpuinfo is not None:
+    file.write_text(cpuinfo)
+  monkeypatch.setattr(precision, '_CPUINFO', file)
+  # A cache of its own, so that nothing of this is remembered.
+  flags = precision._cpu_flags.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+  monkeypatch.setattr(precision, '_cpu_flags', flags)
+  assert multiplies_bfloat16('cpu') is expected
+  assert multiplies_bfloat16('tpu')
+  assert multiplies_bfloat16('gpu')
+
+  compute = default_compute('cpu')
+  assert compute.bf16_matmul is expected
+  assert compute.param_dtype == (jnp.bfloat16 if expected else jnp.float32)
+  assert qformer_config({'bf16_matmul': None}, 'cpu').bf16_matmul is expected
+  assert qformer_config({'bf16_matmul': None}, 'tpu').bf16_matmul
+  assert qformer_config({'bf16_matmul': not expected}, 'cpu').bf16_matmul is not expected

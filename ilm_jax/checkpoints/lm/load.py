@@ -37,6 +37,7 @@ from ilm_jax.data.fetch import cache_dir, sha256_of
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.decoder import Decoder, DecoderConfig, RopeScaling
 from ilm_jax.modules.layers import Compute
+from ilm_jax.modules.precision import multiplies_bfloat16
 from ilm_jax.modules.t5 import T5, T5Config
 from ilm_jax.quiet import import_tensorflow
 from ilm_jax.sharding import DEFAULT_RULES, Rules, abstract_init, make_mesh
@@ -199,6 +200,8 @@ def make_module(config: DecoderConfig | T5Config, compute: Compute) -> Decoder |
 def default_compute(platform: str | None = None) -> Compute:
   """How frozen models are run on a platform ('cpu', 'gpu', 'tpu'; by default where JAX runs)."""
   platform = platform or jax.default_backend()
+  if platform == 'cpu' and not multiplies_bfloat16(platform):
+    return Compute(scan_layers=False)
   if platform == 'cpu':
     return Compute(param_dtype=jnp.bfloat16, bf16_matmul=True, scan_layers=False)
   attention = 'cudnn' if platform == 'gpu' else 'xla'

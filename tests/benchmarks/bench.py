@@ -3,7 +3,10 @@
   python tests/benchmarks/bench.py [--only phase1 beam ...] [--rounds=7] [--output=runs/bench]
 
 Writes OUTPUT/bench.json after every row and, at the end of a run of all of them, the table of
-docs/benchmarks.md. Each benchmark is a file beside this one, bench_NAME.py, with
+docs/benchmarks.md. A run that was interrupted goes on with the first benchmark that had not ended,
+if machine, libraries, rounds and commit are the same and nothing is changed.
+
+Each benchmark is a file beside this one, bench_NAME.py, with
 
   rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]
 
@@ -15,7 +18,9 @@ import argparse
 import importlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import bench_peak
 from table import Row, cells, machine, write_page
@@ -30,25 +35,60 @@ def main() -> None:
   parser.add_argument('--output', type=Path, default=Path('runs/bench'))
   arguments = parser.parse_args()
   arguments.output.mkdir(parents=True, exist_ok=True)
+  file = arguments.output / 'bench.json'
   start = time.monotonic()
-  rows: list[Row] = []
+  result = _interrupted(file, arguments.only, arguments.rounds) or _begin(arguments.rounds)
+  _write(file, result)
+  left = [name for name in arguments.only if name not in result['done']]
+  for number, name in enumerate(left, start=1):
+    print(f'[{number}/{len(left)}] {name}, {time.monotonic() - start:.0f} s', flush=True)
+    rows = importlib.import_module(f'bench_{name}').rows(arguments.rounds, result['peaks'])
+    for row in rows:
+      _add(result, name, row)
+      _write(file, result)
+    result['done'].append(name)
+    _write(file, result)
+  if set(result['done']) == set(BENCHMARKS):
+    write_page([_row(each) for each in result['rows']])
 
-  def add(row: Row) -> None:
-    rows.append(row)
-    print(cells(row), flush=True)
-    result = {'machine': machine(), 'rows': [row._asdict() for row in rows]}
-    (arguments.output / 'bench.json').write_text(json.dumps(result, indent=2) + '\n')
 
-  peaks = {}
-  for dtype, row in bench_peak.rows(arguments.rounds):
-    add(row)
-    peaks[dtype] = max(row.ours, row.peer or 0.0) * 1e9
-  for number, name in enumerate(arguments.only, start=1):
-    print(f'[{number}/{len(arguments.only)}] {name}, {time.monotonic() - start:.0f} s', flush=True)
-    for row in importlib.import_module(f'bench_{name}').rows(arguments.rounds, peaks):
-      add(row)
-  if set(arguments.only) == set(BENCHMARKS):
-    write_page(rows)
+def _begin(rounds: int) -> dict[str, Any]:
+  result = {'machine': machine(), 'rounds': rounds, 'peaks': {}, 'done': [], 'rows': []}
+  for dtype, row in bench_peak.rows(rounds):
+    _add(result, 'peak', row)
+    result['peaks'][dtype] = max(row.ours, row.peer or 0.0) * 1e9
+  return result
+
+
+def _interrupted(file: Path, asked: Sequence[str], rounds: int) -> dict[str, Any] | None:
+  """The benchmarks that had ended, of a run that goes on; None: it begins."""
+  if not file.exists():
+    return None
+  result = json.loads(file.read_text())
+  here = machine()
+  same = {**result['machine'], 'date': here['date']} == here and result['rounds'] == rounds
+  if not same or here['commit'].endswith('-dirty') or set(asked) <= set(result['done']):
+    return None
+  ended = ('peak', *result['done'])
+  result['rows'] = [row for row in result['rows'] if row['benchmark'] in ended]
+  print(f'{file}: goes on; {", ".join(ended)} had ended', flush=True)
+  return result
+
+
+def _add(result: dict[str, Any], benchmark: str, row: Row) -> None:
+  result['rows'].append({'benchmark': benchmark, **row._asdict()})
+  print(cells(row), flush=True)
+
+
+def _row(saved: dict[str, Any]) -> Row:
+  return Row(**{name: value for name, value in saved.items() if name != 'benchmark'})
+
+
+def _write(file: Path, result: dict[str, Any]) -> None:
+  """All of it or nothing: a run may be stopped at any time."""
+  made = file.with_suffix('.new')
+  made.write_text(json.dumps(result, indent=2) + '\n')
+  made.replace(file)
 
 
 if __name__ == '__main__':

@@ -21,9 +21,9 @@ _X86_BFLOAT16 = frozenset({'avx512_bf16', 'amx_bf16'})
 def multiplies_bfloat16(platform: str | None = None) -> bool:
   """Whether a platform multiplies bfloat16 faster than float32.
 
-  Accelerators do, and of CPUs x86 ones with AVX512_BF16 or AMX_BF16. Others convert first, which
-  made training steps and beams 1.3 to 1.4 times as long (docs/performance.md). Arm's CPUs have not
-  been measured, and count as others.
+  Accelerators do, and of CPUs x86 ones with AVX512_BF16 or AMX_BF16. On one with AVX2 alone,
+  bfloat16 made training steps and beams 1.4 times as long (docs/performance.md). Arm's CPUs have
+  not been measured, and count as such.
 
   Args:
     platform: 'cpu', 'gpu' or 'tpu'; by default where JAX runs.

@@ -200,10 +200,10 @@ def make_module(config: DecoderConfig | T5Config, compute: Compute) -> Decoder |
 def default_compute(platform: str | None = None) -> Compute:
   """How frozen models are run on a platform ('cpu', 'gpu', 'tpu'; by default where JAX runs)."""
   platform = platform or jax.default_backend()
-  if platform == 'cpu' and not multiplies_bfloat16(platform):
-    return Compute(scan_layers=False)
   if platform == 'cpu':
-    return Compute(param_dtype=jnp.bfloat16, bf16_matmul=True, scan_layers=False)
+    fast = multiplies_bfloat16(platform)
+    dtype = jnp.bfloat16 if fast else jnp.float32
+    return Compute(param_dtype=dtype, bf16_matmul=fast, scan_layers=False)
   attention = 'cudnn' if platform == 'gpu' else 'xla'
   return Compute(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, attention=attention)
 

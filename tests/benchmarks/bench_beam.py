@@ -184,7 +184,7 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
         if name != 'ours':
           options |= {'share': name == 'peer, shared', 'scores': check}
         sides[name] = Side(__file__, 'ours' if name == 'ours' else 'peer', options)
-      return compare(sides, rounds)
+      return compare(sides, rounds, warm_ups=1)  # a minute each
 
     def agreement(peer: str) -> '_Agreement':
       return _Agreement.of(titles, *(np.load(f'{directory}/{name}.npz') for name in ('ours', peer)))

@@ -11,7 +11,7 @@
 
 A process for each side keeps the thread pools, the allocators and the memory of two libraries
 apart; only one works at a time, and in every round each has its turn, in an order that alternates,
-so that what else the machine does meets all of them alike. What the first two calls of a side take
+so that what else the machine does meets all of them alike. What the first calls of a side take
 (compiling, warming up) is told apart and does not count.
 """
 
@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Run = Callable[[], Mapping[str, float]]
-_WARM_UPS = 2
 _PAUSE = 0.2  # seconds before each turn, for threads of the side before to fall asleep
 _GIB = 2**30
 
@@ -71,7 +70,7 @@ class Measured(NamedTuple):
     return f'{spread(self.seconds)} s, first {self.first:.1f} s, {self.step_gib:.2f} GiB'
 
 
-def compare(sides: Mapping[str, Side], rounds: int) -> dict[str, Measured]:
+def compare(sides: Mapping[str, Side], rounds: int, warm_ups: int = 2) -> dict[str, Measured]:
   """Measures all sides in turn; a side that fails ends the comparison with what it printed."""
   found: dict[str, Any] = {}
   with contextlib.ExitStack() as stack:
@@ -79,7 +78,7 @@ def compare(sides: Mapping[str, Side], rounds: int) -> dict[str, Measured]:
     for name, side in sides.items():  # one after the other: nothing is compiled beside a compiler
       worker = workers[name] = stack.enter_context(_Worker(name, side))
       found[name] = worker.answer()
-      for key in ('first', *['warm'] * (_WARM_UPS - 1)):
+      for key in ('first', *['warm'] * (warm_ups - 1)):
         found[name][key] = worker.run()['seconds']
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     numbers: dict[str, dict[str, float]] = {}

@@ -29,7 +29,7 @@ test: lint
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 parity: $(VENV)/.installed-torch
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m parity $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) -m parity $(ARGS)
 
 bench: $(VENV)/.installed-torch
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -2,6 +2,8 @@
 # environment if there is none and install what they need; a second call installs nothing.
 #
 #   make test      format, lint, types, unit tests      (ARGS='tests/prepare_test.py -k kill')
+#   make test-all  these, and what takes minutes: before a release; an hour
+#   make mutants   do the tests see deliberate faults? tests/mutants/    (ARGS='--only decoding/')
 #   make parity    the same numbers as torch / transformers, live
 #   make bench     ours beside torch, transformers and others: docs/benchmarks.md    (ARGS='--only beam')
 #   make demo      MovieLens-100K, both phases, a report     (LM=gemma3_270m DEMO=runs/gemma)
@@ -20,16 +22,24 @@ JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
+# A file's tests share what is made and compiled for them.
+WORKERS := -n $(JOBS) --dist=loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: test parity bench demo smoke lint format clean
+.PHONY: test test-all mutants parity bench demo smoke lint format clean
 .DEFAULT_GOAL := test
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+
+test-all: lint parity
+	$(BIN)/python -m pytest $(WORKERS) -m 'not parity' $(ARGS)
+
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python tests/mutants/run.py --jobs=$(JOBS) $(ARGS)
 
 parity: $(VENV)/.installed-torch
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -n $(JOBS) -m parity $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest $(WORKERS) -m parity $(ARGS)
 
 bench: $(VENV)/.installed-torch
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ilm_jax.aot import chips
+from ilm_jax.config.plugins import import_task_modules
 from ilm_jax.errors import UsageError
-from ilm_jax.plugins import import_modules
 
 
 def compile(
@@ -35,7 +35,7 @@ def compile(
     train: settings of the job, filled in from train.* of the gin files and from flags of `train`.
     shapes: what data decide, fields of `ilm_jax.aot.programs.Sizes`; of a prepared data set that
       is there, only what it does not say itself.
-    lm: the language model, by a name of `ilm_jax.modules.decoder_sizes`, where train.lm.name is a
+    lm: the language model, by a name of `ilm_jax.lm.decoder_sizes`, where train.lm.name is a
       checkpoint that is not here.
     programs: only those whose names begin so: 'train', 'evaluate', 'recommend beam'.
     decode_rows: prompts that are answered at once; by default one for each part of a batch.
@@ -54,7 +54,7 @@ def compile(
   from ilm_jax.aot import report as reports
 
   job = dict(train or {})
-  import_modules(job['modules'])
+  import_task_modules(job['modules'])
   sizes = jobs.read_sizes(shapes, job['data'])
   devices = chips.devices_of(topology)
   found, mesh, rules = jobs.programs(
@@ -92,9 +92,9 @@ def _chosen(programs: Sequence[Any], names: Sequence[str]) -> list[Any]:
 def _compile(program: Any, mesh: Any, rules: Any, chip: chips.Chip) -> Any:
   import jax
 
-  from ilm_jax import sharding
   from ilm_jax.aot import hlo
   from ilm_jax.aot import report as reports
+  from ilm_jax.runtime import sharding
 
   kinds, largest = reports.arguments_of(_named(program))
   start = time.monotonic()

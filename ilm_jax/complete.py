@@ -4,11 +4,11 @@ import dataclasses
 import sys
 import time
 
-from ilm_jax.checkpoints.lm.load import default_compute, load_lm
 from ilm_jax.decoding.generator import Generator
 from ilm_jax.decoding.sampling import SamplingOptions
 from ilm_jax.errors import UsageError
-from ilm_jax.sharding import make_mesh
+from ilm_jax.lm.load import default_compute, load_lm
+from ilm_jax.runtime.sharding import make_mesh
 
 
 def complete(

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from ilm_jax import config_files
-from ilm_jax.atomic_directory import complete_or_absent
 from ilm_jax.cf import entity_table
-from ilm_jax.data.prepared import load_prepared
+from ilm_jax.config import files as config_files
+from ilm_jax.data.prepared_records import load_prepared
 from ilm_jax.errors import UsageError
+from ilm_jax.runtime.atomic_directory import complete_or_absent
 
 
 def embed(

@@ -4,8 +4,7 @@ import functools
 import itertools
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,14 @@ import jax
 
 from ilm_jax.cf.rankers import RANKERS, affordable
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.measurements import CONDITIONS, CONTROLS, OWN, TEXT_ONLY, Measure, paired
+from ilm_jax.evaluation.measurements import CONDITIONS, CONTROLS, OWN, TEXT_ONLY, Measure, paired
+from ilm_jax.evaluation.results import Comparison, Ranked, Results, compare
 from ilm_jax.metrics.ranking import Interval
 from ilm_jax.metrics.sentence_embedding import SentenceEmbedder
-from ilm_jax.processes import on_first
-from ilm_jax.progress import duration
-from ilm_jax.recommender import Recommender
-from ilm_jax.results import Comparison, Ranked, Results, compare
+from ilm_jax.phases.item_language import ItemLanguagePhase
+from ilm_jax.runtime.processes import on_first
+from ilm_jax.runtime.progress import Parts
+from ilm_jax.serving.recommender import Recommender
 
 _RANKED = ('sequential', 'straightforward')
 
@@ -37,6 +37,7 @@ def evaluate(
   max_users: int | None = None,
   max_texts: int = 256,
   beam_size: int = 10,
+  losses: Sequence[str] | None = None,
   fields: Sequence[str] | None = None,
   compare_to: Sequence[Path] = (),
   checkpoint: str | int = 'best',
@@ -49,7 +50,7 @@ def evaluate(
     ilm evaluate --model_dir=runs/ilm
     ilm evaluate --model_dir=runs/ilm --compare_to=runs/mlp/evaluation_test
 
-  On several hosts, the same on each with --multiprocess (see `ilm_jax.processes`).
+  On several hosts, the same on each with --multiprocess (see `ilm_jax.runtime.processes`).
 
   Rankings: HR, NDCG, MRR and the mean rank percentile (0 is best, .5 chance), over all items, the
   user's own removed and kept. Controls say what the soft tokens are worth. What is tuned (the
@@ -69,6 +70,8 @@ def evaluate(
     max_users: users whose prompts are scored; by default all of them.
     max_texts: examples of each task whose perplexity is measured.
     beam_size: of 'beam'.
+    losses: SeqIO tasks of prompts whose perplexity is measured, and of ratings the error: by
+      default all of seen templates, in the form of the run.
     fields: text fields of held-out items that are to be told from soft tokens; by default those
       that templates ask for.
     compare_to: other evaluations (their directories), compared user by user.
@@ -97,7 +100,6 @@ def evaluate(
   others = [Results.load(path) for path in compare_to]
   recommender = Recommender.load(model_dir, checkpoint=checkpoint, data=data, mesh=mesh)
   phase = recommender.phase
-  measure = Measure(recommender, name or model_dir.name, split, max_users, max_texts, seed)
   for path, other in zip(compare_to, others):
     for key, own in (('data', phase.prepared.name), ('split', split)):
       if other.facts[key] != own:
@@ -105,35 +107,30 @@ def evaluate(
           f'evaluate.compare_to: {path} has {key}={other.facts[key]!r}, this has {own!r}: runs are'
           ' compared on the same items of the same users.'
         )
-  chosen = _tasks(measure, tasks)
-  asked = _fields(measure, fields)
+  chosen = _tasks(phase, tasks)
+  asked = _fields(phase, fields)
   if phase.model.soft_tokens is None and set(conditions) & set(CONTROLS):
     _say('this run has no soft tokens: there is nothing to shuffle')
     conditions = [c for c in conditions if c not in CONTROLS]
+  by_tokens = list(_losses(phase, split, conditions, losses))
+  rankings = list(_rankings(recommender, methods, chosen, conditions, beam_size))
+  names = rankers if rankers is not None else affordable(phase.prepared)[0]
+  parts = Parts('evaluate', len(rankings) + bool(names) + len(by_tokens) + len(asked))
+  measure = Measure(
+    recommender, name or model_dir.name, split, max_users, max_texts, seed, show=parts
+  )
   rows: list[Ranked] = []
-  soft = [condition for condition in conditions if condition != TEXT_ONLY]
-  for method in methods:
-    if method not in recommender.methods:
-      _say(f'{method}: not with this run, which has {", ".join(recommender.methods)}')
-    elif method == 'readout':
-      for condition in soft:
-        what = functools.partial(measure.readout, condition)
-        rows += _timed(f'readout, {condition}', what)
-    else:
-      for task, condition in itertools.product(chosen, soft):
-        what = functools.partial(
-          measure.prompts, task, method=method, condition=condition, beam_size=beam_size
-        )
-        rows += _timed(f'{task}, {method}, {condition}', what)
-  if TEXT_ONLY in conditions and 'exact' in recommender.methods:
-    for task in chosen:
-      what = functools.partial(measure.prompts, task, condition=TEXT_ONLY)
-      rows += _timed(f'{task}, {TEXT_ONLY}', what)
+  for ranking in rankings:
+    rows += ranking(measure)
   comparisons = list(_comparisons(rows))
   for other in others:
     comparisons += _across(rows, other.rows)
-  rows += measure.references(rankers if rankers is not None else affordable(phase.prepared)[0])
-  texts, examples = _texts(measure, asked, conditions)
+  rows += measure.references(names) if names else []
+  texts: dict[str, dict[str, Interval]] = {}
+  for label, condition, loss in by_tokens:
+    texts.setdefault(label, {})[condition] = loss(measure)
+  described, examples = _descriptions(measure, asked)
+  texts |= described
   facts = {
     'model': measure.name,
     'model_dir': str(model_dir),
@@ -156,9 +153,32 @@ def _refuse_existing(output: Path) -> None:
     raise UsageError(f'{output} exists already: name another output, or remove it.')
 
 
-def _tasks(measure: Measure, given: Sequence[str] | None) -> list[str]:
+def _rankings(
+  recommender: Recommender,
+  methods: Sequence[str],
+  tasks: Sequence[str],
+  conditions: Sequence[str],
+  beam_size: int,
+) -> Iterator[Callable[[Measure], list[Ranked]]]:
+  """What ranks, in order."""
+  soft = [condition for condition in conditions if condition != TEXT_ONLY]
+  for method in methods:
+    if method not in recommender.methods:
+      _say(f'{method}: not with this run, which has {", ".join(recommender.methods)}')
+    elif method == 'readout':
+      for condition in soft:
+        yield functools.partial(Measure.readout, condition=condition)
+    else:
+      how = {'method': method, 'beam_size': beam_size}
+      for task, condition in itertools.product(tasks, soft):
+        yield functools.partial(Measure.prompts, task=task, condition=condition, **how)
+  if TEXT_ONLY in conditions and 'exact' in recommender.methods:
+    for task in tasks:
+      yield functools.partial(Measure.prompts, task=task, condition=TEXT_ONLY)
+
+
+def _tasks(phase: ItemLanguagePhase, given: Sequence[str] | None) -> list[str]:
   """Full names of tasks of prompts."""
-  phase = measure.phase
   known = [
     f'{phase.prepared.name}_{source}'
     for source in phase.own_prompts()
@@ -207,52 +227,57 @@ def _across(rows: Sequence[Ranked], others: Sequence[Ranked]) -> list[Comparison
   return [compare(a, b) for a in rows for b in others if a.condition == OWN and way(a) == way(b)]
 
 
-def _fields(measure: Measure, given: Sequence[str] | None) -> list[str]:
-  """Text fields of items that a template asks for."""
-  known = list(measure.phase.item_prompts()) if measure.phase.model.soft_tokens else []
+def _fields(phase: ItemLanguagePhase, given: Sequence[str] | None) -> list[str]:
+  """Text fields of held-out items that a template asks for."""
+  known = list(phase.item_prompts()) if phase.model.soft_tokens else []
   if unknown := set(given or ()) - set(known):
     raise UsageError(
       f'evaluate.fields: no template asks for {min(unknown)!r} of an {{item:soft}}; they ask for'
       f' {", ".join(known) or "nothing"}.{did_you_mean(min(unknown), known)}'
     )
+  if not phase.prepared.heldout_items.any():
+    return []
   return known if given is None else [field for field in known if field in given]
 
 
-def _texts(
-  measure: Measure, fields: Sequence[str], conditions: Sequence[str]
-) -> tuple[dict[str, dict[str, Interval]], list[dict[str, Any]]]:
-  """Perplexities and ratings of the run's tasks, and what is said of held-out items."""
-  phase = measure.phase
+def _losses(
+  phase: ItemLanguagePhase, split: str, conditions: Sequence[str], given: Sequence[str] | None
+) -> Iterator[tuple[str, str, Callable[[Measure], Interval]]]:
+  """Perplexities and ratings of the run's tasks: name, condition, what measures it."""
   controls = [c for c in conditions if c in (OWN, *CONTROLS)]
-  texts: dict[str, dict[str, Interval]] = {}
-  suffix = f'_{phase.text.form}'
-  for source in phase.own_prompts():
+  known = [x for x in phase.own_prompts() if x.endswith(f'_seen_{phase.text.form}')]
+  for source in known if given is None else given:
+    if source not in known:
+      raise UsageError(
+        f'evaluate.losses: no task {source!r} is of seen templates; those are {", ".join(known)}.'
+        f'{did_you_mean(source, known)}'
+      )
     task = f'{phase.prepared.name}_{source}'
-    if not source.endswith(f'_seen{suffix}'):
-      continue
-    split = measure.split
     if phase.tasks_of(source, split):
-      found = {c: measure.perplexity(task, c) for c in controls if c != 'shuffled_users'}
-      texts[f'{source}: log-perplexity'] = found
+      for c in controls:
+        if c != 'shuffled_users':
+          loss = functools.partial(Measure.perplexity, task=task, condition=c)
+          yield f'{source}: log-perplexity', c, loss
     if source.startswith('rating_') and not phase.lm.has_encoder:
-      texts[f'{source}: RMSE'] = {c: measure.rating_rmse(task, c) for c in controls}
+      for c in controls:
+        loss = functools.partial(Measure.rating_rmse, task=task, condition=c)
+        yield f'{source}: RMSE', c, loss
+
+
+def _descriptions(
+  measure: Measure, fields: Sequence[str]
+) -> tuple[dict[str, dict[str, Interval]], list[dict[str, Any]]]:
+  """What is said of held-out items, measured and as it is."""
+  texts: dict[str, dict[str, Interval]] = {}
   examples: list[dict[str, Any]] = []
-  if fields and phase.prepared.heldout_items.any():
+  if fields:
     embedder = SentenceEmbedder.minilm()
-    prompts = phase.item_prompts()
+    prompts = measure.phase.item_prompts()
     for field in fields:
-      what = functools.partial(measure.descriptions, field, prompts[field], embedder)
-      found, said = _timed(f'held-out items: {field}', what)
+      found, said = measure.descriptions(field, prompts[field], embedder)
       texts |= {name: paired(values) for name, values in found.items()}
       examples += said
   return texts, examples
-
-
-def _timed(label: str, run: Any) -> Any:
-  start = time.monotonic()
-  found = run()
-  _say(f'{label}: {duration(time.monotonic() - start)}')
-  return found
 
 
 def _say(text: str) -> None:

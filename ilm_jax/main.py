@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 import ilm_jax
-from ilm_jax.data.fetch import cache_dir
+from ilm_jax.data.prepare.fetch import cache_dir
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.quiet import import_tensorflow
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 # Command -> what it does. Command `x` is the function `x` of `ilm_jax/x.py`, imported when asked
 # for: `ilm --help` waits for no TensorFlow.
@@ -25,8 +25,9 @@ COMMANDS = {
   'complete': 'let a language model, by name or path, go on from a prompt',
 }
 
-# Commands whose module imports TensorFlow; the others do so when they need it.
-_IMPORTS_TENSORFLOW = ('train', 'evaluate', 'recommend', 'compile')
+# Commands whose module imports TensorFlow; the others do so when they read a SeqIO task, training
+# while its step is compiled.
+_IMPORTS_TENSORFLOW = ('evaluate',)
 
 # Commands about what another one would do, and what of that one's settings does not matter.
 _ABOUT = {'compile': ('train', ('model_dir', 'data'))}
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   # A program that was compiled once is not compiled again, by a restart or by the next run.
   os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
+  # Small programs too: a start has dozens of them.
+  os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
   # Imports and tracing make millions of objects that stay. Looked through for garbage as often as
   # is usual, they take a fifth of the time to the first step.
   gc.set_threshold(100_000, 20, 100)
@@ -88,11 +91,11 @@ def _run(argv: list[str]) -> int:
   if command in _IMPORTS_TENSORFLOW:
     import_tensorflow()
   function = getattr(importlib.import_module(f'ilm_jax.{command}'), command)
-  from ilm_jax import config_flags
+  from ilm_jax.config import flags as config_flags
 
   words, joined = argv[1:], contextlib.nullcontext()
   if command in _MULTIPROCESS:
-    from ilm_jax import processes
+    from ilm_jax.runtime import processes
 
     cluster, words = processes.take_flags(words)
     if not {'--help', '-h', '--print_config'} & set(words):

@@ -2,7 +2,7 @@
 
   OUTPUT/
     dataset.json                 name, fingerprint, every choice and its seed, provenance, versions
-    tfds/                        the records (ilm_jax.data.tfds_io)
+    tfds/                        the records (ilm_jax.data.prepare.tfds_io)
     statistics.json, .txt, .png  counts, density, history lengths, popularity, text coverage
     entity_table/                iALS vectors of the training rows (ilm_jax.cf.entity_table)
     rankers.json, .txt           what a language model has to beat (ilm_jax.cf.rankers)
@@ -23,15 +23,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ilm_jax
-from ilm_jax import config_files
-from ilm_jax.atomic_directory import complete_or_absent, leftovers
 from ilm_jax.cf import entity_table, ials
 from ilm_jax.cf import rankers as reference_rankers
-from ilm_jax.data import preparation, statistics
+from ilm_jax.config import files as config_files
+from ilm_jax.config.plugins import import_modules, module_names
+from ilm_jax.data import prepared_records
+from ilm_jax.data.prepare import preparation, statistics
 from ilm_jax.data.prepared import DATASET_FILE, FORMAT_VERSION, PreparedData
 from ilm_jax.errors import UsageError
-from ilm_jax.plugins import import_modules, module_names
-from ilm_jax.quiet import import_tensorflow
+from ilm_jax.runtime.atomic_directory import complete_or_absent, leftovers
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 TFDS_DIR = 'tfds'
 ENTITY_TABLE_DIR = 'entity_table'
@@ -125,17 +126,17 @@ def prepare(
       entity_table.from_fitted(prepared, fitted).save(directory / ENTITY_TABLE_DIR)
     if rankers:
       with _step('measuring the reference rankers'):
-        table = _write_rankers(prepared, fitted[:2], seed, directory)
+        table = write_rankers(prepared, fitted[:2], seed, directory)
       print(f'\n{table}\nmore in {output / "rankers.txt"}\n', flush=True)
     with _step('loading TensorFlow'):  # after whatever may be wrong
       import_tensorflow()
-      from ilm_jax.data import tfds_io
+      from ilm_jax.data.prepare import tfds_io
 
     with _step('writing records'):
       tfds_io.write(prepared, directory / TFDS_DIR, use_beam=use_beam)
     metadata = _metadata(prepared, creation)
     with _step('reading them back'):
-      read = tfds_io.read(directory / TFDS_DIR, metadata)
+      read = prepared_records.read(directory / TFDS_DIR, metadata)
       if read.fingerprint != prepared.fingerprint:
         raise RuntimeError(f'{output}: the records read back are not those that were written.')
     running = config_files.running()
@@ -181,7 +182,7 @@ def _write_statistics(prepared: PreparedData, directory: Path) -> str:
   return report
 
 
-def _write_rankers(prepared: PreparedData, ials_vectors: Any, seed: int, directory: Path) -> str:
+def write_rankers(prepared: PreparedData, ials_vectors: Any, seed: int, directory: Path) -> str:
   """Writes rankers.json and rankers.txt; returns the part of it that people want first."""
   names, skipped = reference_rankers.affordable(prepared)
   held = {'validation': prepared.validation_items, 'test': prepared.test_items}

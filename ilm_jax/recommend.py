@@ -14,11 +14,9 @@ from typing import Any, Literal, NamedTuple, Protocol, TextIO
 import numpy as np
 
 from ilm_jax.data.prepared import PreparedData
-from ilm_jax.data.requests import Reader, Request
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.progress import Progress, duration
-
-_SECONDS_BETWEEN_LOGS = 10
+from ilm_jax.runtime.progress import Progress, duration
+from ilm_jax.serving.requests import Reader, Request
 
 Ranking = list[tuple[int, float]]  # (item, score), the best first
 
@@ -30,7 +28,7 @@ class _Ranked(NamedTuple):
 
 
 class Ranker(Protocol):
-  """What ranks: `ilm_jax.recommender.Recommender` for a trained model."""
+  """What ranks: `ilm_jax.serving.recommender.Recommender` for a trained model."""
 
   prepared: PreparedData
   methods: tuple[str, ...]  # what it can rank by, the default first
@@ -124,13 +122,13 @@ def recommend(
         ' Leave out the one or the other.'
       )
   _check_files(input, output)
-  from ilm_jax.recommender import Recommender  # which loads JAX
+  from ilm_jax.serving.recommender import Recommender  # which loads JAX
 
   recommender = Recommender.load(
     model_dir.expanduser(), checkpoint=checkpoint, data=data.expanduser() if data else None
   )
   if interactive:
-    interact(recommender, _typed('items> '), options)
+    interact(recommender, typed_lines('items> '), options)
   else:
     run(recommender, options, input, output)
 
@@ -193,7 +191,6 @@ def run(recommender: Ranker, options: Options, input: str = '-', output: str = '
     shown = total > options.batch_size and not (output == '-' and sys.stdout.isatty())
     progress = stack.enter_context(Progress(total, 0, 'recommend')) if shown else None
     file = sys.stdout if output == '-' else stack.enter_context(_whole_file(Path(output)))
-    logged, logged_at = 0, start
     for lines in answer(recommender, requests, options):
       for line in lines:
         file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + '\n')
@@ -201,11 +198,7 @@ def run(recommender: Ranker, options: Options, input: str = '-', output: str = '
       done += len(lines)
       errors += sum('error' in line for line in lines)
       if progress is not None:
-        progress.step(done)
-        if time.monotonic() - logged_at >= _SECONDS_BETWEEN_LOGS or done == total:
-          progress.rates(done, {'examples': done - logged})
-          progress.log(done, {'errors': errors} if errors else {})
-          logged, logged_at = done, time.monotonic()
+        progress.advance(len(lines), {'errors': errors} if errors else {})
   seconds = time.monotonic() - start
   wrong = f', {errors:,} of them with errors' if errors else ''
   speed = f'{done / max(seconds, 1e-9):,.1f} lines/s, compiling included'
@@ -417,7 +410,7 @@ def _whole_file(path: Path) -> Iterator[TextIO]:
     raise
 
 
-def _typed(prompt: str) -> Iterator[str]:
+def typed_lines(prompt: str) -> Iterator[str]:
   """Yields lines as they are typed, with the terminal's line editing, until Ctrl-D."""
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401, which `input` then uses

@@ -3,60 +3,43 @@
 MODEL_DIR/
   config.gin, operative_config.gin   what was run
   checkpoints/STEP/                  the latest ones and the best one (ilm_jax.checkpoints.manager)
-  metrics.jsonl, events.out.*        train/... and validation/... curves (ilm_jax.metric_log)
+  metrics.jsonl, events.out.*        train/... and validation/...: ilm_jax.runtime.metric_log
   profile/                           a trace of early steps, with profile_steps
 """
 
-import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
 
-from ilm_jax import config_files, flops, sharding
 from ilm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointManager, restore_params
-from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.metric_log import MetricLog, Profile
+from ilm_jax.config import files as config_files
+from ilm_jax.config.plugins import import_task_modules
+from ilm_jax.errors import UsageError
 from ilm_jax.modules.precision import multiplies_bfloat16
 from ilm_jax.phases.phase import (
   InputOptions,
   Phase,
   all_positions,
   batch_part,
+  batch_sizes,
   check_input_shards,
   check_sources,
 )
 from ilm_jax.phases.settings import PhaseSettings
-from ilm_jax.plugins import import_modules
-from ilm_jax.processes import StopSignals, one_run
-from ilm_jax.progress import Progress
+from ilm_jax.phases.train_step import TrainState, abstract_state, jit_step, make_optimizer
+from ilm_jax.runtime import flops, sharding
+from ilm_jax.runtime.processes import StopSignals, one_run
+from ilm_jax.runtime.progress import Progress
 
-# Parameters by these names are matrices or tables: weight decay is for them alone.
-_DECAYED = ('kernel', 'embedding', 'queries', 'positions')
 _PROFILE_AFTER = 10  # steps: the first ones compile and warm up
-
-
-@flax.struct.dataclass
-class TrainState:
-  """What a checkpoint holds. Frozen parameters are no part of it.
-
-  Attributes:
-    step: [] int32, how many steps were done.
-    params: what is trained.
-    opt_state: of `params` alone.
-  """
-
-  step: Any
-  params: Any
-  opt_state: Any
 
 
 def train(
@@ -83,7 +66,7 @@ def train(
   adam_b2: float = 0.98,
   clip_norm: float = 1.0,
   accumulate_steps: int = 1,
-  eval_every: int = 500,
+  eval_every: int | None = 500,
   save_every: int = 500,
   log_every: int = 50,
   keep_latest: int = 2,
@@ -98,7 +81,7 @@ def train(
 
     ilm train --gin_file=jobs/phase1_ml100k.gin --gin.MODEL_DIR=runs/phase1
 
-  On several hosts, the same on each with --multiprocess (see `ilm_jax.processes`).
+  On several hosts, the same on each with --multiprocess (see `ilm_jax.runtime.processes`).
 
   Args:
     model_dir: checkpoints, metrics and configuration; a run that stopped goes on from its latest
@@ -132,20 +115,21 @@ def train(
     clip_norm: gradients are scaled down to this norm.
     accumulate_steps: parts in which a batch is taken, for its gradients to fit into memory.
       In-batch negatives are then those of a part.
-    eval_every: steps between evaluations; a multiple of save_every.
+    eval_every: steps between evaluations, of which one follows the last step; a multiple of
+      save_every. None: there are none, and the best checkpoint is the latest.
     save_every: steps between checkpoints.
     log_every: steps between lines of metrics.
     keep_latest: checkpoints to keep.
     keep_best: checkpoints to keep besides, the best by the phase's validation metric.
     profile_steps: trace so many early steps for XProf.
     mesh: {'data': -1, 'fsdp': 1, 'tensor': 1}: sizes, -1 is the rest of the devices.
-    sharding_rules: changes of `ilm_jax.sharding.DEFAULT_RULES`: {'embed': None}.
+    sharding_rules: changes of `ilm_jax.runtime.sharding.DEFAULT_RULES`: {'embed': None}.
     input_shards: parts of a packed batch, of which every process reads some: a multiple of all
       numbers of processes that the run may see; by default as many as begin it.
     seed: of the initial parameters, the order of the examples, dropout and negatives.
 
   Returns:
-    The metrics of the last evaluation.
+    The metrics of the last evaluation, if there was one.
 
   Raises:
     UsageError: a setting is wrong, MODEL_DIR belongs to another model or data set, or another run
@@ -153,18 +137,20 @@ def train(
     FloatingPointError: a value is no longer finite; the message says where it began.
   """
   counts = {'total_steps': total_steps, 'accumulate_steps': accumulate_steps}
-  counts |= {'eval_every': eval_every, 'save_every': save_every, 'log_every': log_every}
+  counts |= {'save_every': save_every, 'log_every': log_every}
+  if eval_every is not None:
+    counts['eval_every'] = eval_every
   for name, value in counts.items():
     if value < 1:
       raise UsageError(f'train.{name}={value}: at least 1 is needed.')
-  if eval_every % save_every:
+  if eval_every is not None and eval_every % save_every:
     raise UsageError(
       f'eval_every={eval_every} is not a multiple of save_every={save_every}: what is evaluated is'
       ' saved, so that the best can be kept.'
     )
   if item_encoder_rate != 1 and model != 'item_language':
     raise UsageError(f'train.item_encoder_rate={item_encoder_rate} is for phase 2 alone.')
-  import_modules(modules)
+  import_task_modules(modules)
   model_dir, schedule = model_dir.expanduser(), tuple(schedule)
   sizes = batch_sizes(batch_size, schedule, accumulate_steps)
   devices = sharding.make_mesh(mesh or {'data': -1})
@@ -176,7 +162,7 @@ def train(
   options = {'item_encoder': item_encoder, 'losses': losses, 'text': text, 'lm': lm}
   settings = PhaseSettings(model, {name: x for name, x in options.items() if x is not None})
   phase = settings.make(inputs)
-  check_sources(schedule, phase.sources())
+  check_sources(schedule, phase)
   device = devices.devices.flat[0]
   precision = jnp.bfloat16 if multiplies_bfloat16(device.platform) else jnp.float32
   peak, _ = flops.peak_flops(device, precision)
@@ -234,16 +220,19 @@ def train(
       if params is not None:
         _say(f'beginning with the parameters of {restore_from}')
       else:
-        params = sharding.init_sharded(phase.init, devices, rules, key)
+        params = sharding.init_like(phase.init, like.params, key)
         params = phase.load_pretrained(params, _say)
       opt_state = sharding.init_mirrored(optimizer.init, params, devices)
       state = TrainState(sharding.replicate(jnp.zeros((), jnp.int32), devices), params, opt_state)
       _say(sharding.parameter_table(state.params, frozen))
     leaves = list(traverse_util.flatten_dict(state.params, sep='/'))
     readers = {
-      source: phase.reader(source, _taken(schedule, source, start), _position(positions, source))
-      for source in dict.fromkeys(schedule)
+      source: phase.reader(source, taken, _position(positions, source))
+      for source, taken in batches_taken(schedule, start).items()
     }
+    # Here, as the readers, and not above: TensorFlow is imported beside the compilation.
+    from ilm_jax.runtime.metric_log import MetricLog, Profile
+
     window = _Window(phase, leaves, peak * devices.size, parts=batch_part(devices)[1])
     results: dict[str, float] = {}
 
@@ -267,7 +256,7 @@ def train(
         progress.step(step)
 
         stopping = stop.asked(step)  # once a step: a signal may come at any line
-        evaluating = step % eval_every == 0 or step == total_steps
+        evaluating = eval_every is not None and (step % eval_every == 0 or step == total_steps)
         saving = step % save_every == 0 or step == total_steps or stopping
         if step % log_every == 0 or evaluating or saving:
           means, counts = window.fetch()  # raises where a value is not finite: nothing is saved
@@ -299,119 +288,6 @@ def train(
     if stop.interrupted:
       raise KeyboardInterrupt
   return results
-
-
-class Trained(Protocol):
-  """What a step knows of a phase; `ilm compile` has no more of it."""
-
-  def init(self, key: jax.Array) -> Any: ...
-
-  def loss(
-    self, params: Any, frozen: Any, batch: Mapping[str, jax.Array], key: jax.Array, source: str
-  ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
-
-
-def make_optimizer(
-  learning_rates: Any,
-  clip_norm: float,
-  *,
-  b1: float,
-  b2: float,
-  weight_decay: float,
-  item_encoder_rate: float = 1.0,
-) -> optax.GradientTransformation:
-  """AdamW behind a clipped gradient; what it does to 'item_encoder' times item_encoder_rate."""
-  parts = [
-    optax.clip_by_global_norm(clip_norm),
-    optax.adamw(learning_rates, b1=b1, b2=b2, weight_decay=weight_decay, mask=_is_decayed),
-  ]
-  if item_encoder_rate != 1:
-    parts.append(optax.masked(optax.scale(item_encoder_rate), _is_of_item_encoder))
-  return optax.chain(*parts)
-
-
-def jit_step(
-  phase: Trained, optimizer: optax.GradientTransformation, parts: int, state: TrainState
-) -> Any:
-  """(state, frozen, batch, key, source=...) -> (state, metrics), the old state given up for it.
-
-  The new state is where the old one was; `state`, arrays or shapes, says where.
-  """
-  step_of = functools.partial(_train_step, phase=phase, optimizer=optimizer, parts=parts)
-  stays = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(step_of, static_argnames='source', donate_argnums=0, out_shardings=(stays, None))
-
-
-def abstract_state(phase: Trained, optimizer: Any, mesh: Any, rules: Any) -> TrainState:
-  """Shapes and shardings of the state, nothing computed."""
-  params = sharding.abstract_init(phase.init, mesh, rules, jax.random.key(0))
-  opt_state = jax.eval_shape(optimizer.init, params)
-  shardings = sharding.mirrored_shardings(opt_state, params, mesh)
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  return TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-    params,
-    jax.tree.map(lambda x, s: x.update(sharding=s), opt_state, shardings),
-  )
-
-
-def _train_step(
-  state: TrainState,
-  frozen: Any,
-  batch: Mapping[str, jax.Array],
-  key: jax.Array,
-  *,
-  source: str,
-  phase: Trained,
-  optimizer: optax.GradientTransformation,
-  parts: int,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One step. Randomness depends on (seed, step) alone, so that a restart repeats it."""
-  key = jax.random.fold_in(key, state.step)
-
-  def gradient(rows, key):
-    (_, metrics), gradients = jax.value_and_grad(phase.loss, has_aux=True)(
-      state.params, frozen, rows, key, source
-    )
-    return gradients, metrics
-
-  if parts == 1:
-    gradients, metrics = gradient(batch, key)
-  else:
-
-    def add(total, part):
-      return jax.tree.map(lambda x, y: x + y / parts, total, gradient(*part)), None
-
-    each = _split(batch, parts), jax.random.split(key, parts)
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], each))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, _mean_dtype(x.dtype)), shapes)
-    (gradients, metrics), _ = jax.lax.scan(add, zeros, each)
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  norms = [jnp.linalg.norm(x) for x in traverse_util.flatten_dict(gradients).values()]
-  metrics |= {'gradient_norm': optax.global_norm(gradients), 'gradient_norms': jnp.stack(norms)}
-  return TrainState(state.step + 1, params, opt_state), metrics
-
-
-def _mean_dtype(dtype: Any) -> Any:
-  """Of counts, too, a mean is taken."""
-  return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.float32
-
-
-def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
-  """[B, ...] -> [parts, B / parts, ...], each part with rows of every device."""
-  return {
-    name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    for name, x in batch.items()
-  }
-
-
-def _is_decayed(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)
-
-
-def _is_of_item_encoder(params: Any) -> Any:
-  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == 'item_encoder', params)
 
 
 class _CompiledSteps:
@@ -493,34 +369,14 @@ class _Window:
       )
 
 
-def _taken(schedule: Sequence[str], source: str, steps: int) -> int:
-  """How many batches of a source the first `steps` steps take."""
+def batches_taken(schedule: Sequence[str], steps: int) -> dict[str, int]:
+  """How many batches of each source the first `steps` steps take."""
   whole, rest = divmod(steps, len(schedule))
-  return whole * schedule.count(source) + schedule[:rest].count(source)
+  return {x: whole * schedule.count(x) + schedule[:rest].count(x) for x in schedule}
 
 
 def _position(positions: Mapping[str, Any], source: str) -> np.ndarray | None:
   return np.asarray(positions[source], np.int64) if source in positions else None
-
-
-def batch_sizes(
-  batch_size: int | dict[str, int], schedule: Sequence[str], parts: int
-) -> dict[str, int]:
-  """Rows of a global batch of each source of the schedule."""
-  if isinstance(batch_size, int):
-    batch_size = dict.fromkeys(schedule, batch_size)
-  for source in schedule:
-    if source not in batch_size:
-      raise UsageError(
-        f'train.batch_size={batch_size} has no entry for {source!r}, which the schedule names.'
-        f'{did_you_mean(source, batch_size)} One number is for all sources.'
-      )
-    if batch_size[source] < 1 or batch_size[source] % parts:
-      raise UsageError(
-        f'train.batch_size={batch_size[source]} ({source}) cannot be taken in'
-        f' accumulate_steps={parts} equal parts: use a multiple of {parts}.'
-      )
-  return {source: batch_size[source] for source in dict.fromkeys(schedule)}
 
 
 def _say(text: str) -> None:

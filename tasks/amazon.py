@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from ilm_jax.data.raw import ORDER_BY_TIMESTAMP, RawData
-from ilm_jax.data.tables import read_json_lines, read_lines, shared_strings
+from ilm_jax.data.prepare.raw import ORDER_BY_TIMESTAMP, RawData
+from ilm_jax.data.prepare.tables import read_json_lines, read_lines, shared_strings
 from ilm_jax.errors import UsageError
 from ilm_jax.tasks.sources import describe_files, source, source_file
 

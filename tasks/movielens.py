@@ -34,9 +34,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from ilm_jax.data.fetch import fetch_package_files
-from ilm_jax.data.raw import ORDER_BY_TIMESTAMP, RawData
-from ilm_jax.data.tables import read_lines, shared_strings
+from ilm_jax.data.prepare.fetch import fetch_package_files
+from ilm_jax.data.prepare.raw import ORDER_BY_TIMESTAMP, RawData
+from ilm_jax.data.prepare.tables import read_lines, shared_strings
 from ilm_jax.errors import UsageError
 from ilm_jax.tasks.sources import describe_files, source, source_file
 

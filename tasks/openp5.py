@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ilm_jax.data.raw import ORDER_BY_FILE, RawData
-from ilm_jax.data.tables import existing_file, read_lines, shared_strings
+from ilm_jax.data.prepare.raw import ORDER_BY_FILE, RawData
+from ilm_jax.data.prepare.tables import existing_file, read_lines, shared_strings
 from ilm_jax.errors import UsageError
 from ilm_jax.tasks.sources import describe_files, source
 from ilm_jax.tasks.tabular import read_items

@@ -24,11 +24,7 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from ilm_jax.data import prompts
-from ilm_jax.data.entity_text import ID_FORM, TITLE_FORM, EntityText
-from ilm_jax.data.prepared import PreparedData
-from ilm_jax.data.rendering import Renderer
-from ilm_jax.data.sources import (
+from ilm_jax.data.input.sources import (
   Columns,
   ColumnsPreprocessor,
   HistorySource,
@@ -38,12 +34,18 @@ from ilm_jax.data.sources import (
   PairSource,
   ragged_range_gather,
 )
-from ilm_jax.data.text_tokens import TextTokens
+from ilm_jax.data.prepared import PreparedData
+from ilm_jax.data.text import prompts
+from ilm_jax.data.text.entity_text import TITLE_FORM, EntityText
+from ilm_jax.data.text.rendering import Renderer
+from ilm_jax.data.text.slot_vocabulary import SlotVocabulary
+from ilm_jax.data.text.text_tokens import TextTokens
 from ilm_jax.errors import UsageError
 from ilm_jax.metrics import ranking
+from ilm_jax.tasks.names import FORMS, TEMPLATES, names_of
 
-TEMPLATES = Path(__file__).parent / 'templates.txt'
-FORMS: Mapping[str, EntityText] = {'title': TITLE_FORM, 'id': ID_FORM}
+# By what it does, not by inheritance: it is used where TensorFlow is not imported.
+seqio.Vocabulary.register(SlotVocabulary)
 
 
 def register_item_language_tasks(
@@ -60,7 +62,7 @@ def register_item_language_tasks(
 
   Args:
     prepared: the data set.
-    vocabulary: of the item encoder's text branch (ilm_jax.data.vocabularies).
+    vocabulary: of the item encoder's text branch (ilm_jax.data.text.vocabularies).
     item_text: the text of an item, of `{title}` and the other text fields.
     max_text_tokens: longer texts are cut to this many tokens.
   """
@@ -127,11 +129,11 @@ def register_recommendation_tasks(
 ) -> list[str]:
   """Registers phase 2's tasks and mixtures; returns the names of the mixtures.
 
-  Features: `inputs`, `targets` (ending with EOS) and `entity_ids`; see `ilm_jax.data.rendering`.
+  Features: `inputs`, `targets` (ending with EOS), `entity_ids`: see `ilm_jax.data.text.rendering`.
 
   Args:
     prepared: the data set.
-    vocabulary: the LM's (ilm_jax.data.vocabularies).
+    vocabulary: the LM's (ilm_jax.data.text.vocabularies).
     num_soft_tokens: K, soft tokens an entity; 0 for text only.
     dataset: display name in prompts and ids, e.g. 'ML100K'; by default the name in capitals.
     templates: a template file, ours or OpenP5's `prompt.txt`; only the tasks that it has
@@ -154,48 +156,27 @@ def register_recommendation_tasks(
   }
   if prepared.ratings is not None:
     makers['rating'] = lambda: rows(predict='rating', history_length=history_length, min_history=1)
-  present = {(t.task, t.group) for t in parsed}
-  # Tasks by any other name are about an item: its text fields, to be told from its soft tokens.
-  makers |= {
-    task: makers['item_description']
-    for task in sorted({task for task, _ in present} - {*makers, 'rating'})
-  }
-  sources = {task: make() for task, make in makers.items() if any(task == t for t, _ in present)}
-  names, mixtures = [], []
-  for form, entity_text in FORMS.items():
-    for task, group in sorted(present):
-      if task in sources:
-        names.append(f'{prepared.name}_{task}_{group}_{form}')
-        add_prompt_task(
-          names[-1],
-          sources[task],
-          prompts.select(parsed, task, group),
-          texts,
-          num_soft_tokens=num_soft_tokens,
-          entity_text=entity_text,
-          encoder_decoder=encoder_decoder,
-          metric=_METRICS.get(task),
-        )
-    members = {
-      'openp5': ['sequential', 'straightforward'],
-      'items': [t for t in makers if t not in ('sequential', 'straightforward', 'rating')],
-      'multitask': list(makers),
-    }
-    for mixture, tasks in members.items():
-      trained = [t for t in tasks if (t, prompts.SEEN) in present]
-      if trained:
-        name = f'{prepared.name}_{mixture}_{form}'
-        # In proportion to the number of training examples, as one shuffled pool would have it.
-        _add_mixture(
-          name,
-          [
-            (f'{prepared.name}_{task}_{prompts.SEEN}_{form}', float(_train_size(sources[task])))
-            for task in trained
-          ],
-        )
-        mixtures.append(name)
-  _forget_others(prepared.name, {*names, *mixtures})
-  return mixtures
+  names = names_of(prepared.name, parsed, has_ratings=prepared.ratings is not None)
+  sources: dict[str, IndexedSource] = {}
+  for name, (task, group, form) in names.tasks.items():
+    if task not in sources:  # a task by any other name is about an item
+      sources[task] = makers.get(task, makers['item_description'])()
+    add_prompt_task(
+      name,
+      sources[task],
+      prompts.select(parsed, task, group),
+      texts,
+      num_soft_tokens=num_soft_tokens,
+      entity_text=FORMS[form],
+      encoder_decoder=encoder_decoder,
+      metric=_METRICS.get(task),
+    )
+  for mixture, members in names.mixtures.items():
+    # In proportion to the number of training examples, as one shuffled pool would have it.
+    sizes = [_train_size(sources[names.tasks[member].task]) for member in members]
+    _add_mixture(mixture, [*zip(members, map(float, sizes))])
+  _forget_others(prepared.name, {*names.tasks, *names.mixtures})
+  return list(names.mixtures)
 
 
 def add_prompt_task(

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ilm_jax.config_types import convert, describe
-from ilm_jax.data.fetch import sha256_of
-from ilm_jax.data.raw import RawData
+from ilm_jax.config.types import convert, describe
+from ilm_jax.data.prepare.fetch import sha256_of
+from ilm_jax.data.prepare.raw import RawData
 from ilm_jax.errors import UsageError, did_you_mean
 
 _Source = TypeVar('_Source', bound=Callable[..., RawData])

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ilm_jax.data import tables
-from ilm_jax.data.raw import ORDER_BY_FILE, RawData
+from ilm_jax.data.prepare import tables
+from ilm_jax.data.prepare.raw import ORDER_BY_FILE, RawData
 from ilm_jax.errors import UsageError
 from ilm_jax.tasks.sources import describe_files, source
 

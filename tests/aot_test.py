@@ -7,23 +7,22 @@ import re
 import subprocess
 import sys
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ilm_jax import flops
 from ilm_jax.aot import chips, hlo, programs, report
-from ilm_jax.config_flags import parse_argv, run_about
+from ilm_jax.config.flags import parse_argv, run_about
 from ilm_jax.errors import UsageError
 from ilm_jax.main import COMMANDS
-from ilm_jax.phases.phase import InputOptions
+from ilm_jax.phases.phase import InputOptions, batch_sizes
 from ilm_jax.phases.settings import PhaseSettings
-from ilm_jax.sharding import abstract_init, place_constants
-from ilm_jax.train import batch_sizes, train
-from tests import tiny_run
+from ilm_jax.runtime import flops
+from ilm_jax.runtime.sharding import abstract_init, place_constants
+from ilm_jax.train import train
+from tests.support import eight_devices, tiny_run
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec('libtpu') is None, reason="libtpu is not installed: ilm_jax['tpu']"
@@ -32,11 +31,7 @@ TURNS, ROWS, WIDTH = 12, 64, 32
 KEY = jax.random.key(0)
 
 
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
-
-
-@pytest.mark.skipif(not eight_devices.ARE_HERE, reason='run by test_on_eight_devices')
+@eight_devices.needed
 class TestOnEightDevices:
   @pytest.fixture(scope='class')
   def compiled(self):
@@ -398,7 +393,7 @@ def test_a_libtpu_that_does_not_go_with_jax_is_told(monkeypatch):
   versions = {'libtpu': '0.0.1', 'jax': '9.9'}
   monkeypatch.setattr(chips, 'version', versions.get)
   with pytest.warns(UserWarning, match=r'libtpu 0\.0\.1 is installed, but jax 9\.9 goes with \d'):
-    chips._check_libtpu()
+    chips.check_libtpu()
 
 
 @pytest.mark.parametrize('name', chips.CHIPS)

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from ilm_jax.main import main
-from tests import tiny_gguf
+from tests.support import tiny_gguf
 
 
 @pytest.fixture

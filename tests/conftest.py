@@ -11,29 +11,41 @@ from pathlib import Path
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 
-from ilm_jax.data.fetch import cache_dir
+from ilm_jax.data.prepare.fetch import cache_dir
 
 # Before anything imports JAX: what one test, process or run has compiled, the others find.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_dir() / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 # Most of the time goes into compiling programs that then run for moments. Not for `make parity`.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+if os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] == '1':
+  # XLA's older emitters make slower code in a third of the time.
+  os.environ.setdefault('XLA_FLAGS', '--xla_cpu_use_fusion_emitters=false')
 
 import numpy as np
 import pytest
 
-from ilm_jax.data.preparation import PreparationOptions, prepare
+from ilm_jax.data.prepare.preparation import PreparationOptions, prepare
+from ilm_jax.data.prepare.raw import RawData
 from ilm_jax.data.prepared import PreparedData
-from ilm_jax.data.raw import RawData
+from tests.support import eight_devices
 
 gc.set_threshold(100_000, 20, 100)  # as the command does (main.py)
 
 
+# Files that take longest, which come first: none is begun when the other worker has ended.
+LONG = ('demo', 'eight_devices', 'processes', 'train', 'jobs', 'evaluate', 'reader')
+
+
 def pytest_collection_modifyitems(config, items):
-  parity = 'parity' in config.option.markexpr
-  chosen = [item for item in items if parity or 'parity' not in item.keywords]
-  config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
-  items[:] = chosen
+  if not eight_devices.ARE_HERE:
+    left_out = [item for item in items if 'eight_devices' in item.keywords]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if 'eight_devices' not in item.keywords]
+  names = [f'{name}_test' for name in LONG]
+  items.sort(
+    key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names)
+  )
   if os.environ.get('ILM_OFFLINE') == '1':
     for item in items:
       if 'network' in item.keywords:
@@ -150,7 +162,7 @@ def books_directory(tmp_path_factory) -> Path:
 @pytest.fixture(scope='session')
 def run(tmp_path_factory) -> Path:
   """What `tiny_run.trained` leaves."""
-  from tests import tiny_run
+  from tests.support import tiny_run
 
   return tiny_run.trained(tmp_path_factory)
 
@@ -158,7 +170,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def model(run):
   """The run as a Recommender."""
-  from ilm_jax.recommender import Recommender
+  from ilm_jax.serving.recommender import Recommender
 
   return Recommender.load(run)
 
@@ -166,7 +178,7 @@ def model(run):
 @pytest.fixture(scope='module')
 def plain(model):
   """Its language model and soft tokens in a few lines of their own."""
-  from tests.plain_lm import PlainLm
+  from tests.support.plain_lm import PlainLm
 
   return PlainLm(model)
 
@@ -174,7 +186,7 @@ def plain(model):
 @pytest.fixture(scope='session')
 def evaluated(tmp_path_factory) -> Path:
   """What `ilm evaluate` says of the run."""
-  from tests import evaluations
+  from tests.support import evaluations
 
   return evaluations.evaluated(tmp_path_factory)
 
@@ -182,6 +194,6 @@ def evaluated(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def results(evaluated):
   """The same, read."""
-  from ilm_jax.results import Results
+  from ilm_jax.evaluation.results import Results
 
   return Results.load(evaluated)

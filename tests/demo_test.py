@@ -14,8 +14,9 @@ import pytest
 
 from ilm_jax.demo import STAGES_FILE, demo
 from ilm_jax.errors import UsageError
-from ilm_jax.report import text_summary
-from tests import tiny_run
+from ilm_jax.evaluation.report import text_summary
+from ilm_jax.runtime.metric_log import JSONL_FILE, read_jsonl
+from tests.support import tiny_run
 
 STAGES = [
   'prepare', 'train phase1', 'train ilm', 'train mlp', 'evaluate mlp', 'evaluate ilm',
@@ -63,6 +64,7 @@ def stages_run(shown):
   return [name for name, line in zip(names, lines) if line.endswith(f'{name}:')], skipped
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_every_stage_runs_and_shows_its_command(finished):
   directory, out, err = finished
@@ -76,6 +78,7 @@ def test_every_stage_runs_and_shows_its_command(finished):
   assert (directory / 'report.html').stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_report_has_what_was_measured(finished):
   directory, out, _ = finished
@@ -120,9 +123,10 @@ def check_intervals(shown, measured):
     assert interval == {key: measured[name][key] for key in ('mean', 'low', 'high')}
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_the_report_knows_users_and_items(finished):
-  from ilm_jax.data.prepared import load_prepared
+  from ilm_jax.data.prepared_records import load_prepared
 
   directory = finished[0]
   report = read(directory / 'report.json')
@@ -151,6 +155,7 @@ def test_the_report_knows_users_and_items(finished):
   ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_second_call_makes_the_report_and_nothing_else(again, capfd):
   directory, call = again
@@ -161,6 +166,7 @@ def test_a_second_call_makes_the_report_and_nothing_else(again, capfd):
   assert contents(directory) == before
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_a_stage_that_was_interrupted_is_done_again(again, capfd):
   """What it left is no evaluation, and is replaced; no other stage is run."""
@@ -202,15 +208,14 @@ def contents(directory):
   }
 
 
-@pytest.mark.network
 @pytest.mark.parametrize('change', [{'lm': 'smollm2_135m'}, {'smoke': False}, {'seed': 1}])
-def test_another_demo_in_the_same_directory_is_refused(finished, change):
-  directory = finished[0]
-  before = (directory / STAGES_FILE).read_bytes()
-  settings = {'lm': str(directory / 'lm'), 'smoke': True} | change
+def test_another_demo_in_the_same_directory_is_refused(tmp_path, change):
+  settings = {'lm': 'nowhere', 'jobs': 'demo', 'smoke': True, 'seed': 0}
+  stages = json.dumps({'settings': settings, 'seconds': {'prepare': 1.0}})
+  (tmp_path / STAGES_FILE).write_text(stages)
   with pytest.raises(UsageError, match=r'holds a demo with .*, not with .*: name another output'):
-    demo(output=directory, **settings)
-  assert (directory / STAGES_FILE).read_bytes() == before
+    demo(output=tmp_path, **(settings | change))
+  assert (tmp_path / STAGES_FILE).read_text() == stages
 
 
 def test_a_stage_that_fails_is_told_and_not_done(tmp_path, capfd):
@@ -264,3 +269,12 @@ def test_a_demo_that_is_stopped_stops_its_stage_and_one_that_is_killed_locks_oth
   while not lock_is_free():
     assert time.monotonic() < deadline
     time.sleep(0.1)
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_phase_2_is_not_validated_as_it_is_evaluated_next(finished):
+  for name, expected in (('phase1', True), ('ilm', False), ('mlp', False)):
+    keys = {key for line in read_jsonl(finished[0] / name / JSONL_FILE) for key in line}
+    assert any(key.startswith('train/') for key in keys)
+    assert any(key.startswith('validation/') for key in keys) == expected

@@ -7,7 +7,7 @@ import pytest
 
 from ilm_jax import embed as embed_module
 from ilm_jax.cf.entity_table import EntityTable, from_ials
-from ilm_jax.data import tfds_io
+from ilm_jax.data.prepare import tfds_io
 from ilm_jax.main import main
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +15,13 @@ import pytest
 from ilm_jax.cf import rankers
 from ilm_jax.errors import UsageError
 from ilm_jax.evaluate import evaluate
+from ilm_jax.evaluation.results import Results
 from ilm_jax.main import main
 from ilm_jax.metrics import ranking
-from ilm_jax.recommender import Recommender
-from ilm_jax.results import Results
+from ilm_jax.serving.recommender import Recommender
 from ilm_jax.train import train
-from tests import eight_devices, tiny_run
-from tests.evaluations import (
+from tests.support import eight_devices, tiny_run
+from tests.support.evaluations import (
   CONDITIONS,
   SEQUENTIAL,
   TASKS,
@@ -30,7 +31,7 @@ from tests.evaluations import (
   others,
   words,
 )
-from tests.plain_lm import PlainLm
+from tests.support.plain_lm import PlainLm
 
 FILES = ['evaluation.json', 'evaluation.txt', 'ranks.npz']
 
@@ -38,6 +39,7 @@ FILES = ['evaluation.json', 'evaluation.txt', 'ranks.npz']
 # ---------------------------------------------------------------- what it leaves
 
 
+@pytest.mark.slow
 def test_eight_devices_share_the_rows_and_find_the_same(tmp_path, run, results):
   flags = {'name': 'eight', 'tasks': [SEQUENTIAL], 'methods': ['readout', 'exact', 'beam']}
   flags |= {'conditions': ['own'], 'rankers': [], 'beam_size': 30}
@@ -182,7 +184,7 @@ def values_of(evaluated, name):
 
 
 def test_expected_ratings(evaluated, model, plain):
-  """The mean of ' 1' to ' 5' by their probabilities, behind the prompt that asks for a rating."""
+  """The mean of ' 1' to ' 5' by their probabilities, after the prompt that asks for a rating."""
   vocabulary = model.phase.vocabulary
   texts = [(*vocabulary.encode_segment(f' {n}'), vocabulary.eos_id) for n in range(1, 6)]
   prepared = model.prepared
@@ -227,6 +229,7 @@ def test_what_is_said_of_held_out_items(run, tmp_path, model):
     model_dir=run,
     output=tmp_path / 'out',
     methods=[],
+    losses=[],
     rankers=[],
     fields=['genres'],
     max_texts=8,
@@ -254,7 +257,7 @@ def test_what_is_said_of_held_out_items(run, tmp_path, model):
 def test_two_runs_are_compared_user_by_user(run, evaluated, results, tmp_path):
   """A run with itself, another checkpoint, fewer users."""
   output = tmp_path / 'other'
-  flags = {'methods': ['readout', 'exact'], 'conditions': ['own'], 'rankers': []}
+  flags = {'methods': ['readout', 'exact'], 'conditions': ['own'], 'losses': [], 'rankers': []}
   argv = words(run, output, checkpoint=12, name='late', compare_to=[str(evaluated)], **flags)
   assert main([*argv, '--max_users=9']) == 0
   late = Results.load(output)
@@ -297,6 +300,7 @@ def test_a_run_on_text_alone(tmp_path, capsys):
     model_dir=tmp_path / 'run',
     conditions=CONDITIONS,
     tasks=['sequential_unseen_title'],  # the only one that has titles
+    losses=[SEQUENTIAL],
     rankers=[],
     max_users=4,
     max_texts=4,
@@ -370,3 +374,47 @@ def test_no_run_is_told(run, tmp_path):
   shutil.rmtree(copied / 'checkpoints')
   with pytest.raises(UsageError, match='no complete checkpoint'):
     evaluate(model_dir=copied)
+
+
+# ---------------------------------------------------------------- how far it is
+
+
+def test_every_part_is_told_while_it_runs(evaluated):
+  """Each of them, to its end, in batches of what is measured."""
+  shown = (evaluated.parent / 'shown.txt').read_text()
+  users = {'exact': USERS, 'beam': 2 * USERS}  # seen items removed and kept
+  expected = {f'readout, {c}': tiny_run.NUM_USERS for c in CONDITIONS[:-1]}
+  expected |= {
+    f'{task}, {method}, {c}': users[method]
+    for task in TASKS
+    for method in users
+    for c in CONDITIONS[:-1]
+  }
+  expected |= {f'{task}, text_only': 16 + USERS for task in TASKS}  # 16 that weights are tuned on
+  expected['reference rankers'] = len(rankers.RANKERS)
+  expected |= {f'rating_seen_title, RMSE, {c}': USERS for c in CONDITIONS[:-1]}
+  ends = re.findall(r'^evaluate (\d+)/(\d+), (.+): example (\d+)/(\d+) \(100 %\)', shown, re.M)
+  found = {label: (int(done), int(total)) for _, _, label, done, total in ends}
+  losses = [label for label in found if 'log-perplexity' in label]
+  assert {label: found[label] for label in found if label not in losses} == {
+    label: (total, total) for label, total in expected.items()
+  }
+  assert {found[label] for label in losses} == {(16, 16)}
+  assert f'{SEQUENTIAL}, log-perplexity, own' in losses
+  assert [int(number) for number, *_ in ends] == list(range(1, len(found) + 1))
+  assert {int(number) for _, number, *_ in ends} == {len(found)}
+  for label in found:
+    assert re.search(rf'^evaluate \d+/\d+, {label}: (\d+ min )?\d+ s$', shown, re.M)
+
+
+def test_what_is_said_is_told_too(model):
+  counts = []
+  soft = model.soft_tokens(np.arange(20))
+  model.say(soft, max_new_tokens=1, done=counts.append)
+  assert counts == [16, 4]
+
+
+def test_losses_of_no_task_are_told(run, tmp_path):
+  message = r"evaluate\.losses: no task 'sequental_seen_title' .* Did you mean 'sequential_seen"
+  with pytest.raises(UsageError, match=message):
+    evaluate(model_dir=run, output=tmp_path / 'out', losses=['sequental_seen_title'])

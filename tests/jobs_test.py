@@ -1,20 +1,22 @@
-"""Every gin job that trains: what it asks for, its header, and a run of it on tiny data."""
+"""Every gin job that trains: what it asks for, its header, its programs, and runs on tiny data."""
 
 import functools
 import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from ilm_jax import train as train_module
+from ilm_jax.aot import programs
 from ilm_jax.checkpoints.manager import read_identity
-from ilm_jax.config_files import gin_root
-from ilm_jax.config_flags import parse_argv
+from ilm_jax.config.files import gin_root
+from ilm_jax.config.flags import parse_argv
 from ilm_jax.main import COMMANDS, main
-from ilm_jax.metric_log import read_jsonl
-from tests import tiny_run
+from ilm_jax.runtime.metric_log import read_jsonl
+from tests.support import tiny_run
 
 JOBS = {p.stem: p for p in sorted((gin_root() / 'jobs').glob('*.gin'))}
 # Queries of the Q-Former.
@@ -54,7 +56,12 @@ HAND_OFF = {
   'phase2_ml100k_items': 'phase1_ml100k',
   'demo_ilm': 'demo_phase1',
 }
+# For every change the demo's two phases are run, the second after the first; a language model that
+# is trained, without soft tokens, is in evaluate_test.py. All are run before a release.
+RUN = ('demo_ilm',)
 NO_QFORMER = ('phase2_ml100k_text_only', 'phase2_ml100k_mlp', 'phase2_ml100k_mlp_k', 'demo_mlp')
+
+SIZES = programs.Sizes(items=1349, users=943, cf_dim=32, prefix_tokens=20, trie_depth=16)
 
 
 def parsed(argv):
@@ -136,17 +143,48 @@ def test_jobs_for_pods_differ_in_language_model_and_layout_alone():
 # ---------------------------------------------------------------- what they do
 
 
-@pytest.fixture(scope='session')
+@pytest.mark.parametrize('job', [*PHASE1, *PHASE2, *PODS[1:]])
+def test_what_a_job_trains(job):
+  """Shapes at the job's own sizes; of a pod's job, on one device."""
+  argv = [*arguments(job), '--gin.DATA=data', '--gin.MODEL_DIR=run', '--gin.MESH=None']
+  settings = dict(parsed(argv).arguments)
+  lm = job.removeprefix('phase2_') if job in PODS else None
+  found, *_ = programs.programs(settings, SIZES, jax.devices(), lm=lm)
+  steps = {p.name.removeprefix('train '): p for p in found if p.name.startswith('train ')}
+  assert list(steps) == list(dict.fromkeys(settings['schedule']))
+  for program in steps.values():
+    state, frozen, batch, _ = program.args
+    rows = {len(x) if hasattr(x, '__len__') else x.shape[0] for x in batch.values()}
+    assert len(rows) == 1
+  if job in PHASE1:
+    assert state.params['qformer']['queries'].shape[0] == settings['item_encoder']['num_queries']
+  else:
+    check_parameters(PHASE2.get(job, PHASE2[PODS[0]]), job, set(state.params))
+    assert (frozen.lm is None) == ('lm' in state.params)
+
+
+def check_parameters(kind, job, found):
+  """What phase 2 trains."""
+  soft_tokens, trains_lm, readout = kind
+  expected = {'lm'} if trains_lm else set()
+  expected |= {'item_encoder', 'adaptor', 'gain'} if soft_tokens else set()
+  expected |= {'readout'} if readout else set()
+  if job.endswith('_items'):  # its adaptor begins at words
+    expected |= {'common', 'feature_mean', 'feature_deviation'}
+  assert found == expected
+
+
+@pytest.fixture(scope='module')
 def lm_directory(tmp_path_factory):
   return tiny_run.write_lm(tmp_path_factory.mktemp('lm') / 'tiny')
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def films_directory(tmp_path_factory):
   return tiny_run.write_data(tmp_path_factory.mktemp('films') / 'films')
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def phase1_run(films_directory, tmp_path_factory):
   """(job of phase 1, queries) -> the directory of its run with the tiny overlay, made once."""
 
@@ -162,7 +200,12 @@ def phase1_run(films_directory, tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize('job', PHASE1)
+def run_some(jobs):
+  """All of them, those that are not in RUN before a release alone."""
+  return [pytest.param(job, marks=[pytest.mark.slow] * (job not in RUN)) for job in jobs]
+
+
+@pytest.mark.parametrize('job', run_some(PHASE1))
 def test_phase_1_runs(phase1_run, job):
   directory = phase1_run(job, PHASE1[job])
   assert sorted(p.name for p in (directory / 'checkpoints').iterdir()) == ['2', '4']
@@ -170,7 +213,7 @@ def test_phase_1_runs(phase1_run, job):
     assert all(np.isfinite(value) for value in row.values())
 
 
-@pytest.mark.parametrize('job', PHASE2)
+@pytest.mark.parametrize('job', run_some(PHASE2))
 def test_phase_2_runs(films_directory, lm_directory, phase1_run, tmp_path, capfd, job):
   argv = [f'--gin_file=jobs/{job}.gin', '--gin_file=local_tiny_phase2.gin']
   argv += [f'--gin.DATA={films_directory}', f'--gin.LM={lm_directory}']
@@ -191,12 +234,7 @@ def test_phase_2_runs(films_directory, lm_directory, phase1_run, tmp_path, capfd
   assert model['lm']['trained'] is trains_lm
   assert model['readout'] is readout
   paths = [name.split('/') for name in tiny_run.arrays_of(tmp_path, 4)]
-  expected = {'lm'} if trains_lm else set()
-  expected |= {'item_encoder', 'adaptor', 'gain'} if soft_tokens else set()
-  expected |= {'readout'} if readout else set()
-  if job.endswith('_items'):  # its adaptor begins at words
-    expected |= {'common', 'feature_mean', 'feature_deviation'}
-  assert {path[1] for path in paths if path[0] == 'params'} == expected
+  check_parameters(PHASE2[job], job, {path[1] for path in paths if path[0] == 'params'})
   rows = read_jsonl(tmp_path / 'metrics.jsonl')
   assert all(np.isfinite(value) for row in rows for value in row.values())
   for source in set(parsed(argv).arguments['schedule'][:4]):

@@ -406,10 +406,22 @@ def test_mistakes_are_told_before_anything_runs(launcher, words, message, far_si
 
 
 @pytest.mark.parametrize('launcher', ['tpu_vm.sh', 'gke_xpk.sh', 'slurm.sh'])
-def test_what_the_launcher_decides_is_not_given(launcher):
-  done = _run(launcher, *REQUIRED[launcher], '--dry_run', 'train', '--multiprocess')
+@pytest.mark.parametrize(
+  'flag', ['--multiprocess', '--coordinator=h:1', '--num_processes=2', '--process_id=0']
+)
+def test_what_the_launcher_decides_is_not_given(launcher, flag):
+  done = _run(launcher, *REQUIRED[launcher], '--dry_run', 'train', flag)
   assert done.returncode == 2
-  assert '--multiprocess: leave it out' in done.stderr
+  assert f'{flag}: leave it out' in done.stderr
+
+
+@pytest.mark.parametrize('failing', [0, 1])
+def test_local_fails_where_one_of_its_processes_does(failing, tmp_path):
+  program = tmp_path / 'ilm'
+  program.write_text(f'#!/bin/bash\n[[ "$*" != *--process_id={failing}* ]] || exit 3\n')
+  program.chmod(0o755)
+  words = [f'--ilm={program}', '--processes=2', '--cpu_devices=1', 'train', '--gin.X=1']
+  assert _run('local.sh', *words).returncode == 3
 
 
 @pytest.mark.parametrize('launcher', LAUNCHERS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ilm_jax
-from ilm_jax import main as main_module
+from ilm_jax.config import flags as config_flags
 from ilm_jax.main import COMMANDS, main
 
 HEAVY = ('tensorflow', 'jax', 'gin', 'numpy', 'pandas', 'seqio')
@@ -110,17 +110,17 @@ def test_one_gin_file_serves_several_commands(capsys, tmp_path):
 
 
 def test_interrupts_and_errors(monkeypatch, capsys):
-  def interrupted(argv):
+  def interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(main_module, '_run', interrupted)
+  monkeypatch.setattr(config_flags, 'run', interrupted)
   assert main(['prepare']) == 130
   assert capsys.readouterr().err == 'ilm: interrupted\n'
 
-  def broken(argv):
+  def broken(*args, **kwargs):
     raise ValueError('a bug keeps its traceback')
 
-  monkeypatch.setattr(main_module, '_run', broken)
+  monkeypatch.setattr(config_flags, 'run', broken)
   with pytest.raises(ValueError, match='traceback'):
     main(['prepare'])
 
@@ -135,7 +135,7 @@ def test_the_console_script_and_its_exit_status(tmp_path):
 
 def test_nothing_is_said_while_tensorflow_is_loaded():
   code = (
-    'import sys\nfrom ilm_jax.main import main\ntry:\n  main(["train", "--help"])\n'
+    'import sys\nfrom ilm_jax.main import main\ntry:\n  main(["evaluate", "--help"])\n'
     'except SystemExit:\n  assert "tensorflow" in sys.modules'
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 
 import ilm_jax.prepare
-from ilm_jax.atomic_directory import leftovers
 from ilm_jax.cf import rankers
 from ilm_jax.cf.entity_table import EntityTable
-from ilm_jax.data import preparation, tfds_io
-from ilm_jax.data.prepared import load_prepared
+from ilm_jax.data.prepare import preparation, tfds_io
+from ilm_jax.data.prepared_records import load_prepared
 from ilm_jax.errors import UsageError
 from ilm_jax.main import main
 from ilm_jax.metrics import ranking
+from ilm_jax.runtime.atomic_directory import leftovers
+from ilm_jax.tasks import sources
 
 ILM = Path(sys.executable).with_name('ilm')
 FILES = [
@@ -36,10 +38,6 @@ FILES = [
   'statistics.txt',
   'tfds',
 ]
-
-
-def ilm(*argv, cwd):
-  return subprocess.run([str(ILM), *argv], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -134,9 +132,10 @@ def test_reference_figures_of_movielens_100k(ml100k_directory):
   assert means == [0.0339, 0.0207, 0.0498, 0.0257]
 
 
-def test_a_csv_domain(books, small_prepared):
-  done = ilm('prepare', *FLAGS, '--output=out/books', cwd=books)
-  assert done.returncode == 0, done.stderr
+def test_a_csv_domain(books, small_prepared, monkeypatch, capsys):
+  monkeypatch.chdir(books)
+  assert main(['prepare', *FLAGS, '--output=out/books']) == 0
+  done = capsys.readouterr()
   directory = books / 'out' / 'books'
   assert sorted(path.name for path in directory.iterdir()) == FILES
   assert [path.name for path in (books / 'out').iterdir()] == ['books']
@@ -149,13 +148,12 @@ def test_a_csv_domain(books, small_prepared):
   for user, key in enumerate(prepared.user_keys):
     expected = [titles[i] for i in small_prepared.history(by_key[key])]
     assert [prepared.item_text['title'][i] for i in prepared.history(user)] == expected
-  assert 'broken by row of the source' in done.stdout
-  assert 'Traceback' not in done.stderr
+  assert 'broken by row of the source' in done.out
+  assert 'Traceback' not in done.err
   # The saved configuration makes the same data again.
-  again = ilm(
-    'prepare', '--gin_file=out/books/config.gin', '--output=again', '--rankers=false', cwd=books
+  assert (
+    main(['prepare', '--gin_file=out/books/config.gin', '--output=again', '--rankers=false']) == 0
   )
-  assert again.returncode == 0, again.stderr
   assert load_prepared(books / 'again').fingerprint == prepared.fingerprint
   assert not (books / 'again' / 'rankers.json').exists()
 
@@ -171,19 +169,22 @@ def my_books(folder: str, min_stars: float = 0.0):
 """
 
 
-def test_a_module_of_the_user(books):
+def test_a_module_of_the_user(books, monkeypatch, capsys):
   (books / 'my_books.py').write_text(MODULE)
+  monkeypatch.chdir(books)
+  monkeypatch.setattr(sys, 'path', [*sys.path])  # the command adds the folder
+  monkeypatch.delitem(sys.modules, 'my_books', raising=False)
   argv = ['--modules=my_books', '--dataset=my_books', '--output=out', '--ials_regularization=0.5']
-  done = ilm('prepare', *argv, '--source.folder=.', '--k_core=3', '--use_beam', cwd=books)
-  assert done.returncode == 0, done.stderr
+  argv += ['--rankers=false']
+  assert main(['prepare', *argv, '--source.folder=.', '--k_core=3', '--use_beam']) == 0
   metadata = json.loads((books / 'out' / 'dataset.json').read_text())
   assert metadata['creation']['modules'] == ['my_books']
   assert metadata['creation']['source'] == {'folder': '.'}
   assert load_prepared(books / 'out').num_users == metadata['counts']['users']
 
-  wrong = ilm('prepare', *argv, '--output=other', '--source.foldr=.', cwd=books)
-  assert wrong.returncode == 2
-  assert wrong.stderr == (
+  capsys.readouterr()
+  assert main(['prepare', *argv, '--output=other', '--source.foldr=.']) == 2
+  assert capsys.readouterr().err == (
     "ilm: dataset='my_books' has no option 'foldr'; allowed: folder, min_stars. Did you mean"
     " 'folder'?\n"
   )
@@ -224,10 +225,10 @@ def test_mistakes_are_told_and_leave_nothing(books, monkeypatch, capsys, argv, m
 
 
 def test_an_existing_output_is_refused_before_any_work(tmp_path, monkeypatch):
-  def no_work(*args):
+  def no_work(*args, **kwargs):
     raise AssertionError('work was begun')
 
-  monkeypatch.setattr(ilm_jax.prepare, '_load_raw', no_work)
+  monkeypatch.setattr(sources, 'load_raw', no_work)
   (tmp_path / 'out').mkdir()
   with pytest.raises(UsageError, match='exists already, and a prepared data set is never over'):
     ilm_jax.prepare.prepare(dataset='ml100k', output=tmp_path / 'out')
@@ -268,8 +269,16 @@ def test_records_that_read_back_differently_are_no_result(books, monkeypatch):
   assert list(books.glob('*out*')) == []
 
 
+# Early and late; what lies between is no other directory.
 @pytest.mark.parametrize(
-  'sign', ['', '/statistics.json', '/entity_table', '/tfds', '/dataset.json']
+  'sign',
+  [
+    pytest.param('', marks=pytest.mark.slow),
+    '/statistics.json',
+    pytest.param('/entity_table', marks=pytest.mark.slow),
+    pytest.param('/tfds', marks=pytest.mark.slow),
+    '/dataset.json',
+  ],
 )
 def test_kill_9_leaves_nothing_at_output(books, sign):
   """Kills the process as soon as the named thing exists in the temporary directory."""
@@ -300,23 +309,24 @@ def test_kill_9_leaves_nothing_at_output(books, sign):
   ('kilobytes', 'during'),
   [(20, 'writing statistics'), (200, 'fitting iALS'), (500, 'writing records')],
 )
-def test_full_disk_leaves_nothing(tmp_path, ml100k_directory, kilobytes, during):
+def test_full_disk_leaves_nothing(tmp_path, ml100k_directory, capsys, kilobytes, during):
   """No file may grow beyond a size, which a write sees as it sees a full disk."""
-  limited = f'ulimit -f {kilobytes} && exec "$@"'
   argv = ['prepare', '--dataset=ml100k', f'--output={tmp_path}/out', '--rankers=false']
-  done = subprocess.run(
-    ['bash', '-c', limited, 'bash', str(ILM), *argv], capture_output=True, text=True
-  )
-  assert done.returncode == 1
-  assert 'File too large' in done.stderr
-  assert during in done.stdout.splitlines()[-1]
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes << 10, limits[1]))
+  try:
+    with pytest.raises(Exception, match='File too large'):
+      main(argv)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert during in capsys.readouterr().out.splitlines()[-1]
   assert list(tmp_path.iterdir()) == []
 
 
 def test_rankers_that_do_not_fit_are_skipped_with_a_reason(small_prepared, tmp_path, monkeypatch):
   def write(prepared):
     vectors = np.ones((prepared.num_users, 2)), np.ones((prepared.num_items, 2))
-    return ilm_jax.prepare._write_rankers(prepared, vectors, 0, tmp_path)
+    return ilm_jax.prepare.write_rankers(prepared, vectors, 0, tmp_path)
 
   monkeypatch.setattr(rankers, 'EASE_MAX_ITEMS', 10)
   text = write(small_prepared)

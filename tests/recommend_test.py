@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from ilm_jax import config_flags
 from ilm_jax.cf import rankers
-from ilm_jax.data.requests import Reader
+from ilm_jax.config import flags as config_flags
 from ilm_jax.errors import UsageError
-from ilm_jax.recommend import Options, answer, interact, recommend, run
+from ilm_jax.recommend import Options, answer, interact, recommend, run, typed_lines
+from ilm_jax.serving.requests import Reader
 
 
 class KnnRecommender:
@@ -28,7 +28,7 @@ class KnnRecommender:
     ranker = rankers.item_knn if method == 'all_rows' else rankers.item_knn_recency
     prepared, rankings = self.prepared, []
     for items in histories:
-      # The user of the history comes behind those of the data set; each alone, since the rows of
+      # The user of the history comes after those of the data set; each alone, since the rows of
       # another would change the cosines.
       sequences = rankers.Sequences(
         np.append(prepared.offsets, prepared.offsets[-1] + len(items)),
@@ -374,10 +374,8 @@ def test_commands_and_mistakes_of_a_dialogue(recommender, small_prepared):
 
 
 def test_typed_lines_end_with_the_input(monkeypatch, capsys, recommender):
-  from ilm_jax.recommend import _typed
-
   monkeypatch.setattr('sys.stdin', io.StringIO(':k 3\n#i03\n'))
-  interact(recommender, _typed('items> '), Options())
+  interact(recommender, typed_lines('items> '), Options())
   out, err = capsys.readouterr()
   assert out.count('items> ') == 3
   assert 'k is 3 now' in out

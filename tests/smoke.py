@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ilm_jax.demo import demo
 from ilm_jax.errors import UsageError
-from tests import tiny_run
+from tests.support import tiny_run
 
 
 def smoke(directory: Path) -> None:

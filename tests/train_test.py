@@ -8,31 +8,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import eight_devices
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from ilm_jax import train as train_module
 from ilm_jax.checkpoints.manager import read_identity
 from ilm_jax.errors import UsageError
 from ilm_jax.main import main
-from ilm_jax.metric_log import read_jsonl
 from ilm_jax.phases.item_text import ItemTextPhase
-from ilm_jax.processes import one_run
-from ilm_jax.train import make_optimizer, train
+from ilm_jax.runtime.metric_log import MetricLog, read_jsonl
+from ilm_jax.runtime.processes import one_run
+from ilm_jax.train import batches_taken, train
+from tests.support import eight_devices
+from tests.support.tiny_run import arrays_of, curves
 
-ENCODER = {'size': 'tiny', 'd_model': 32, 'd_mlp': 48, 'num_queries': 2}
+# One layer without dropout: most of the time goes into compiling it.
+ENCODER = {'size': 'tiny', 'num_layers': 1, 'cross_attention_every': 1, 'd_model': 32}
+ENCODER |= {'d_mlp': 48, 'num_queries': 2, 'dropout_rate': 0.0}
 STEPS = 6
 
 
 @pytest.fixture(scope='session')
 def settings(books_directory):
-  """Two sources in turn, dropout on, checkpoints at 2, 4, 6, an evaluation at 4 and 6."""
+  """Two sources in turn, negatives drawn, checkpoints at 2, 4, 6, an evaluation at 4 and 6."""
   return {
     'data': books_directory,
     'schedule': ['item_text', 'user_item'],
@@ -56,15 +55,6 @@ def straight(settings, tmp_path_factory):
   return model_dir, train(model_dir=model_dir, **settings)
 
 
-def arrays_of(model_dir: Path, step: int) -> dict[str, np.ndarray]:
-  """Every array of a checkpoint as Orbax itself reads it."""
-  import orbax.checkpoint as ocp
-
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    tree = reader.restore((model_dir / 'checkpoints' / str(step) / 'state').absolute())
-  return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree.leaves_with_path(tree)}
-
-
 def assert_same_run(model_dir: Path, straight: Path) -> None:
   """The same arrays bit for bit, and the same curves."""
   found, expected = arrays_of(model_dir, STEPS), arrays_of(straight, STEPS)
@@ -73,14 +63,6 @@ def assert_same_run(model_dir: Path, straight: Path) -> None:
     np.testing.assert_array_equal(found[name], value, err_msg=name)
   for ours, theirs in zip(curves(model_dir), curves(straight), strict=True):
     assert ours == theirs
-
-
-def curves(model_dir: Path) -> list[dict]:
-  """What the metrics say but for speed."""
-  rows = read_jsonl(model_dir / 'metrics.jsonl')
-  return [
-    {k: v for k, v in row.items() if 'per_second' not in k and 'mfu' not in k} for row in rows
-  ]
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -133,9 +115,9 @@ def test_the_evaluation_is_of_held_out_items(straight):
   ('number', 'owner', 'method', 'calls_before', 'saved'),
   [
     (signal.SIGTERM, ItemTextPhase, 'count', 2, 3),  # within step 3, which no period would save
-    (signal.SIGINT, ItemTextPhase, 'count', 2, 3),
+    pytest.param(signal.SIGINT, ItemTextPhase, 'count', 2, 3, marks=pytest.mark.slow),
     # While step 3 is being logged, when it is too late to save it: the next step is.
-    (signal.SIGTERM, train_module._Window, 'fetch', 2, 4),
+    pytest.param(signal.SIGTERM, MetricLog, 'write', 2, 4, marks=pytest.mark.slow),
   ],
 )
 def test_a_signal_saves_and_the_next_run_goes_on_bit_for_bit(
@@ -167,6 +149,7 @@ def test_a_signal_saves_and_the_next_run_goes_on_bit_for_bit(
   assert_same_run(tmp_path, straight[0])
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(settings, straight, tmp_path):
   """kill -9 of the real command, as soon as a checkpoint is there."""
   flags = [f'--{name}={value}' for name, value in settings.items()]
@@ -192,27 +175,28 @@ def test_a_finished_run_has_nothing_to_do(settings, straight, capsys):
 
 
 def test_the_parameters_of_another_run_begin_a_new_one(settings, straight, tmp_path):
+  """Gradients of two parts of a batch are accumulated; at a learning rate of 0."""
   options = settings | {'restore_from': str(straight[0]), 'learning_rate': 0.0, 'total_steps': 1}
+  options |= {'accumulate_steps': 2, 'schedule': ['user_item'], 'eval_every': None}
   train(model_dir=tmp_path, **options)
   found, expected = arrays_of(tmp_path, 1), arrays_of(straight[0], STEPS)
-  params = [name for name in expected if name.startswith("['params']")]
+  params = [name for name in expected if name.startswith('params/')]
   assert params
   for name in params:
     np.testing.assert_array_equal(found[name], expected[name])
-  assert found["['step']"] == 1
+  assert found['step'] == 1
+  assert np.isfinite(read_jsonl(tmp_path / 'metrics.jsonl')[0]['train/user_item/loss'])
 
 
 # ---------------------------------------------------------------- what goes wrong
 
 
-def test_parameters_that_are_not_there_are_told_before_anything_is_compiled(
-  settings, tmp_path, monkeypatch
+def test_parameters_that_are_not_there_are_told_before_a_step_is_compiled(
+  settings, tmp_path, caplog
 ):
-  begun: list[str] = []
-  monkeypatch.setattr(train_module._CompiledSteps, 'begin', lambda _, source: begun.append(source))
-  with pytest.raises(UsageError, match='nowhere'):
+  with jax.log_compiles(), pytest.raises(UsageError, match='nowhere'):
     train(model_dir=tmp_path / 'run', **settings, restore_from=str(tmp_path / 'nowhere'))
-  assert not begun
+  assert 'train_step' not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -267,7 +251,8 @@ def test_a_run_that_is_refused_leaves_what_another_has_written(
 
 
 def test_a_value_that_is_not_finite_stops_with_its_name(settings, tmp_path):
-  options = settings | {'learning_rate': 1e30, 'warmup_steps': 0, 'save_every': 1, 'eval_every': 6}
+  options = settings | {'learning_rate': 1e30, 'warmup_steps': 0, 'save_every': 1}
+  options |= {'schedule': ['user_item'], 'eval_every': None}
   with pytest.raises(FloatingPointError, match=r'step 2 \(user_item batch\)') as error:
     train(model_dir=tmp_path, **options)
   assert 'user_item' in str(error.value)
@@ -303,7 +288,7 @@ def test_wrong_settings_are_told(settings, tmp_path, change, message):
   assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
-# ---------------------------------------------------------------- one step
+# ---------------------------------------------------------------- the schedule
 
 
 def test_a_restart_knows_how_much_of_each_source_was_taken():
@@ -311,54 +296,16 @@ def test_a_restart_knows_how_much_of_each_source_was_taken():
   for steps in range(12):
     taken = [schedule[step % 4] for step in range(steps)]
     for source in schedule:
-      assert train_module._taken(schedule, source, steps) == taken.count(source)
-
-
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-  """Of a mean over rows, whose gradient is known in closed form."""
-  rng = np.random.default_rng(0)
-  x, y, w = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 3), (8,), (3,)))
-
-  def loss(params, frozen, batch, key, source):
-    value = jnp.square(batch['x'] @ params['w'] - batch['y']).mean()
-    return value, {'loss': value}
-
-  optimizer = optax.sgd(0.1)
-  state = train_module.TrainState(jnp.zeros((), jnp.int32), {'w': w}, optimizer.init({'w': w}))
-  residual = x @ w - y
-  for parts in (1, 2, 8):
-    new, metrics = train_module._train_step(
-      state,
-      None,
-      {'x': jnp.asarray(x), 'y': jnp.asarray(y)},
-      jax.random.key(0),
-      source='all',
-      phase=SimpleNamespace(loss=loss),  # pyright: ignore[reportArgumentType]
-      optimizer=optimizer,
-      parts=parts,
-    )
-    np.testing.assert_allclose(new.params['w'], w - 0.1 * 2 * x.T @ residual / 8, rtol=1e-5)
-    np.testing.assert_allclose(metrics['loss'], np.square(residual).mean(), rtol=1e-5)
-    assert new.step == 1
-
-
-def test_accumulation_runs_on_the_real_phase(settings, tmp_path):
-  train(model_dir=tmp_path, **(settings | {'accumulate_steps': 2, 'total_steps': 2}))
-  assert np.isfinite(read_jsonl(tmp_path / 'metrics.jsonl')[0]['train/item_text/loss'])
-
-
-def test_weight_decay_is_for_matrices_and_tables(settings):
-  names = ['kernel', 'bias', 'scale', 'embedding', 'queries', 'positions', 'log_temperature_itc']
-  decayed = train_module._is_decayed({name: jnp.zeros(1) for name in names})
-  assert {name for name, yes in decayed.items() if yes} == {*names[:1], *names[3:6]}
+      assert batches_taken(schedule, steps)[source] == taken.count(source)
 
 
 # ---------------------------------------------------------------- on a mesh; the shipped files
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(settings, tmp_path):
   """The real command on a mesh of 2 x 2 x 2; its checkpoint then goes on on one device."""
-  options = settings | {'item_encoder': ENCODER | {'dropout_rate': 0.0}, 'total_steps': 4}
+  options = settings | {'total_steps': 4}
   one, eight = tmp_path / 'one', tmp_path / 'eight'
   train(model_dir=one, **options)
   flags = [f'--{name}={value}' for name, value in options.items()]
@@ -378,16 +325,3 @@ def test_eight_devices_train_as_one_does(settings, tmp_path):
       np.testing.assert_allclose(ours[name], value, rtol=2e-3, atol=1e-4, err_msg=name)
   train(model_dir=eight, **(options | {'total_steps': 5}))
   assert read_jsonl(eight / 'metrics.jsonl')[-1]['step'] == 5
-
-
-def test_the_item_encoder_has_its_own_rate():
-  params = {name: {'kernel': jnp.ones((3, 2))} for name in ('item_encoder', 'adaptor')}
-  gradients = jax.tree.map(lambda x: x * 0.5, params)
-  updates = {}
-  for rate in (1.0, 0.01):
-    optimizer = make_optimizer(1e-3, 1.0, b1=0.9, b2=0.98, weight_decay=0.1, item_encoder_rate=rate)
-    updates[rate], _ = optimizer.update(gradients, optimizer.init(params), params)
-  whole, part = updates[1.0], updates[0.01]
-  np.testing.assert_array_equal(part['adaptor']['kernel'], whole['adaptor']['kernel'])
-  expected = 0.01 * whole['item_encoder']['kernel']
-  np.testing.assert_allclose(part['item_encoder']['kernel'], expected, rtol=1e-6)

@@ -64,12 +64,9 @@ _ENVIRONMENT = {
 def prepare_environment() -> None:
   """Lets libtpu compile where there is no TPU; before JAX has looked for devices.
 
-  Warns where libtpu is not the one that goes with JAX.
-
-  Raises:
-    UsageError: libtpu is not installed.
+  Warnings and errors are those of `check_libtpu`.
   """
-  _check_libtpu()
+  check_libtpu()
   os.environ.update(_ENVIRONMENT)
   import jax
 
@@ -78,7 +75,12 @@ def prepare_environment() -> None:
   jax.config.update('jax_enable_compilation_cache', False)
 
 
-def _check_libtpu() -> None:
+def check_libtpu() -> None:
+  """Warns where libtpu is not the one that goes with JAX.
+
+  Raises:
+    UsageError: it is not installed.
+  """
   if importlib.util.find_spec('libtpu') is None:
     raise UsageError(
       'ilm compile: libtpu, the compiler for TPUs, is not installed. It needs no TPU:'

@@ -12,23 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ilm_jax import sharding
+from ilm_jax.catalogue.trie import Trie
 from ilm_jax.cf.entity_table import METADATA_FILE
 from ilm_jax.checkpoints import bert
-from ilm_jax.checkpoints.lm import huggingface
-from ilm_jax.checkpoints.lm.load import init_params, make_module
-from ilm_jax.config_types import make_dataclass
-from ilm_jax.data.histories import UserHistories
+from ilm_jax.config.types import make_dataclass
 from ilm_jax.data.prepared import read_metadata
-from ilm_jax.data.user_states import UserStates
-from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.flops import matmul_flops
+from ilm_jax.lm import huggingface
+from ilm_jax.lm.decoder_sizes import DECODER_SIZES
+from ilm_jax.lm.load import init_params, make_module
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig
 from ilm_jax.models.item_text import ITEM_TEXT, ItemTextConfig, SpecialTokens
 from ilm_jax.models.item_text import Frozen as ItemTextFrozen
 from ilm_jax.modules.decoder import DecoderConfig
-from ilm_jax.modules.decoder_sizes import DECODER_SIZES
+from ilm_jax.modules.histories import UserHistories
+from ilm_jax.modules.user_states import UserStates
 from ilm_jax.phases.item_language_options import (
   ItemLanguageData,
   LmOptions,
@@ -38,7 +36,10 @@ from ilm_jax.phases.item_language_options import (
 from ilm_jax.phases.item_language_steps import ITEM_SEQUENCE, ItemLanguageSteps
 from ilm_jax.phases.item_text import ItemTextData, text_vocabulary
 from ilm_jax.phases.item_text_steps import ItemTextSteps, encoder_config
-from ilm_jax.train import abstract_state, batch_sizes, jit_step, make_optimizer
+from ilm_jax.phases.phase import batch_sizes
+from ilm_jax.phases.train_step import abstract_state, jit_step, make_optimizer
+from ilm_jax.runtime import sharding
+from ilm_jax.runtime.flops import matmul_flops
 
 _TOKEN = 3  # any: which id a special token has does not matter to a program
 _BERT_TOKENS = 30_522

@@ -19,10 +19,10 @@ import safetensors
 import safetensors.numpy
 from scipy import sparse
 
-from ilm_jax.atomic_directory import complete_or_absent, is_incomplete
 from ilm_jax.cf import ials, vector_files
 from ilm_jax.data.prepared import PreparedData
 from ilm_jax.errors import UsageError
+from ilm_jax.runtime.atomic_directory import complete_or_absent, is_incomplete
 
 METADATA_FILE = 'entity_table.json'
 VECTORS_FILE = 'entity_table.safetensors'

@@ -89,7 +89,7 @@ def fit(
 
   import threadpoolctl  # with implicit, only when vectors are fitted
   from implicit.als import AlternatingLeastSquares
-  from implicit.cpu._als import calculate_loss  # no public name gives it behind the fit
+  from implicit.cpu._als import calculate_loss  # no public name gives it after the fit
 
   start = time.monotonic()
   # One BLAS thread: implicit runs its own over the rows, and more would fight them for the cores.

@@ -24,7 +24,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 from scipy import sparse
 
 from ilm_jax.cf import ials
@@ -40,7 +39,6 @@ SPLITS = ('validation', 'test')
 
 EASE_MAX_ITEMS = 20_000  # a dense float64 inverse of that size: 3.2 GB, some minutes
 ITEM_KNN_MAX_PAIRS = 200_000_000  # a sparse matrix with that many cosines: 2.4 GB
-_BATCH_VALUES = 20_000_000  # scores held at once: 160 MB of float64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,6 +147,8 @@ def ease(history: Sequences, *, regularization: float = 300.0) -> Scores:
       f"rankers: 'ease' inverts a dense num_items x num_items matrix, and {history.num_items} items"
       f" are over the limit of {EASE_MAX_ITEMS}. Leave 'ease' out of the rankers."
     )
+  import scipy.linalg  # which only this ranker needs
+
   matrix = history.binary()
   gram = (matrix.T @ matrix).toarray()
   gram[np.diag_indices_from(gram)] += regularization
@@ -239,7 +239,13 @@ class Evaluation:
 
 
 def evaluate_scores(
-  ranker: str, scores: Scores, prepared: PreparedData, split: str, *, seed: int = 0
+  ranker: str,
+  scores: Scores,
+  prepared: PreparedData,
+  split: str,
+  *,
+  seed: int = 0,
+  max_scores: int = 20_000_000,
 ) -> list[Evaluation]:
   """Ranks every user's target of a split, in batches of users.
 
@@ -248,6 +254,7 @@ def evaluate_scores(
     scores: users [n] -> [n, num_items]; a trained model fits here as well as a reference ranker.
     split: 'validation' or 'test'.
     seed: of the bootstrap.
+    max_scores: that are held at once, by default 160 MB of float64; a user is the least.
 
   Returns:
     Two evaluations: seen items removed, and kept.
@@ -260,7 +267,7 @@ def evaluate_scores(
   if not len(users):
     raise UsageError(f'{prepared.name}: no user has a {split} item; prepare with shorter k-core.')
   history = histories(prepared, split)
-  batch_size = int(np.clip(_BATCH_VALUES // prepared.num_items, 1, 4096))
+  batch_size = int(np.clip(max_scores // prepared.num_items, 1, 4096))
   removed, kept = [], []
   for start in range(0, len(users), batch_size):
     batch = users[start : start + batch_size]
@@ -281,6 +288,7 @@ def evaluate_rankers(
   ials_settings: Mapping[str, Any] | None = None,
   ials_vectors: tuple[np.ndarray, np.ndarray] | None = None,
   seed: int = 0,
+  done: Callable[[int], object] = lambda count: None,
 ) -> list[Evaluation]:
   """Measures the reference rankers on a prepared data set.
 
@@ -292,6 +300,7 @@ def evaluate_rankers(
     ials_vectors: (user, item) vectors that `ials.fit` gave for the training rows of this data set,
       where they are at hand; nothing is fitted then.
     seed: of the bootstrap; also of iALS, unless its settings say otherwise.
+    done: is told that one more ranker is measured on one more split.
 
   Returns:
     Evaluations by split, ranker, and seen items removed or kept.
@@ -325,6 +334,7 @@ def evaluate_rankers(
     }
     for ranker in rankers:
       evaluations += evaluate_scores(ranker, makers[ranker](), prepared, split, seed=seed)
+      done(1)
   return evaluations
 
 

@@ -3,7 +3,7 @@
 What the two share is loaded, and what only the Q-Former has is copied or stays as initialised:
 
   Q-Former                    from BERT
-  word_embedder               word embeddings; rows behind BERT's vocabulary stay ('partly new')
+  word_embedder               word embeddings; rows after BERT's vocabulary stay ('partly new')
   positions                   position embeddings + token type 0, which BERT adds to every token
   embedding_norm, attention, text_mlp     the same
   query_mlp                   a copy of text_mlp
@@ -34,7 +34,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from ilm_jax.checkpoints.natural_order import natural_order
-from ilm_jax.data import fetch
+from ilm_jax.data.prepare import fetch
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules import qformer
 

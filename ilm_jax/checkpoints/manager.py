@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.processes import is_of_another
+from ilm_jax.runtime.processes import is_of_another
 
 _STEP_NAMES = ocp.path.step.standard_name_format()
 
@@ -382,7 +382,7 @@ def _read_json(step_path: epath.Path, item: str) -> dict[str, Any]:
   if not file.exists():
     raise UsageError(
       f'{step_path} is not a checkpoint of this library: it has no {item}. Name the directory of a'
-      ' run of ilm_jax; for a language model, use an importer of ilm_jax.checkpoints.lm.'
+      ' run of ilm_jax; for a language model, use an importer of ilm_jax.lm.'
     )
   return json.loads(file.read_text())
 

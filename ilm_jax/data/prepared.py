@@ -1,7 +1,7 @@
 """A prepared data set in memory: the arrays that everything else reads.
 
 On disk it is a directory (see `ilm_jax.data.prepare`): `dataset.json`, TFDS data sets under
-`tfds/`, the statistics and the entity table. `load_prepared` reads it back.
+`tfds/`, the statistics and the entity table. `prepared_records.load_prepared` reads it back.
 """
 
 import dataclasses
@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ilm_jax.atomic_directory import is_incomplete
 from ilm_jax.errors import UsageError
-from ilm_jax.quiet import import_tensorflow
+from ilm_jax.runtime.atomic_directory import is_incomplete
 
 DATASET_FILE = 'dataset.json'
 FORMAT_VERSION = 1
@@ -124,22 +123,3 @@ def read_metadata(directory: str | Path) -> dict[str, Any]:
       f' {FORMAT_VERSION}. Prepare the data set again.'
     )
   return metadata
-
-
-def load_prepared(directory: str | Path) -> PreparedData:
-  """Loads a prepared directory and checks it against the fingerprint in its `dataset.json`.
-
-  Raises:
-    UsageError: as `read_metadata`; or the records are not those that were written.
-  """
-  import_tensorflow()  # only when records are read
-  from ilm_jax.data import tfds_io
-
-  metadata = read_metadata(directory)
-  prepared = tfds_io.read(Path(directory) / metadata['tfds_dir'], metadata)
-  if prepared.fingerprint != metadata['fingerprint']:
-    raise UsageError(
-      f'{directory}: the records do not match the fingerprint in {DATASET_FILE} (a prepared data'
-      ' set is immutable). Something changed or damaged it: prepare it again.'
-    )
-  return prepared

@@ -4,7 +4,7 @@
     lm, params, trie, embeddings, lengths, beam_size=10
   ))(params, trie, embeddings, lengths)
 
-All beams of a user are a tree of tokens behind one prompt, and stay where they are in one cache:
+All beams of a user are a tree of tokens after one prompt, and stay where they are in one cache:
 each token of the tree is run once, and nothing is copied when a beam splits or ends. Two beams,
 of which the second goes on in two ways, and the first is given up:
 
@@ -24,9 +24,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.decoding.legal import Normalise, check_bias, legal_log_probs
+from ilm_jax.catalogue.legal import Normalise, check_bias, legal_log_probs
+from ilm_jax.catalogue.trie import Trie
 from ilm_jax.decoding.prefill import prefill
-from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
 from ilm_jax.modules.attention import Cache, NewTokens, Tokens
 from ilm_jax.modules.decoder import Decoder
@@ -169,7 +169,7 @@ def _run(
   sees: jax.Array,
   cache: Cache,
 ) -> tuple[jax.Array, NewTokens]:
-  """Tokens [B, W] of beams, each behind what it sees: hidden states [B, W, D] and for the cache."""
+  """Tokens [B, W] of beams, each after what it sees: hidden states [B, W, D] and for the cache."""
   variables, prompt_length = {'params': params}, cache.capacity - sees.shape[2]
 
   def of_user(

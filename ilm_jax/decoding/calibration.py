@@ -1,6 +1,6 @@
 """From what a language model says of titles anyway to what it says of them to a user.
 
-Without it, titles that are likely text come first for everybody. So what the model says behind a
+Without it, titles that are likely text come first for everybody. So what the model says after a
 neutral prompt is taken off, and how popular items are is put on; a model that has learned nothing
 then ranks by popularity. Either in the trie, as a bias of each edge, in training as in decoding:
 
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ilm_jax.catalogue.trie import Trie
 from ilm_jax.decoding.exact import ScoringPlan, node_log_probs
-from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
 from ilm_jax.metrics.ranking import rank_percentile, ranks, reciprocal_rank
 from ilm_jax.modules.decoder import Decoder
@@ -58,7 +58,7 @@ def popularity_bias(trie: Trie, counts: np.ndarray) -> jax.Array:
 def neutral_log_probs(
   lm: Decoder, params: Any, plan: ScoringPlan, embeddings: jax.Array, lengths: jax.Array
 ) -> jax.Array:
-  """What the model says of each node's token, among what may come, behind neutral prompts.
+  """What the model says of each node's token, among what may come, after neutral prompts.
 
   Args:
     lm: a decoder; `params` its parameters.

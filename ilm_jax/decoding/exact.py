@@ -1,6 +1,6 @@
 """The log-probability of every item of a catalogue, by as few tokens as that takes.
 
-The prompt is read once. Behind it come nodes of the catalogue's trie, all at once: each sees the
+The prompt is read once. After it come nodes of the catalogue's trie, all at once: each sees the
 prompt, its ancestors and itself. A node with one child adds nothing where probabilities are over
 the catalogue, so that only nodes that branch are run, and what leads to them:
 
@@ -25,15 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.decoding.legal import (
+from ilm_jax.catalogue.legal import (
   LegalLogProbs,
   Normalise,
   check_bias,
   check_normalise,
   legal_log_probs,
 )
+from ilm_jax.catalogue.trie import Trie
 from ilm_jax.decoding.prefill import prefill
-from ilm_jax.decoding.trie import Trie
 from ilm_jax.modules.attention import Cache
 from ilm_jax.modules.decoder import Decoder
 
@@ -157,7 +157,7 @@ def node_log_probs(
   *,
   bias: jax.Array | None = None,
 ) -> jax.Array:
-  """The log-probability of each node's token behind those that lead there, [B, nodes].
+  """The log-probability of each node's token after those that lead there, [B, nodes].
 
   Arguments are those of `catalogue_scores`. 0 for the root, and where the catalogue leaves no
   choice and probabilities are over the catalogue.

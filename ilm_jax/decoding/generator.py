@@ -18,13 +18,12 @@ import numpy as np
 
 from ilm_jax.decoding.sampling import START_ID, Generated, Sampling, SamplingOptions, generate
 from ilm_jax.errors import UsageError
-from ilm_jax.models.splice import splice
-from ilm_jax.models.token_losses import token_nll
 from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.splice import splice
 from ilm_jax.modules.t5 import T5
+from ilm_jax.modules.token_losses import token_nll
 
 _LEAST_LENGTH = 16  # of the buckets of lengths: 16, 32, 64, ...
-_LOGITS = 1 << 25  # held at once when scoring: 128 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Generator:
     vocabulary: a SlotVocabulary, or whatever has `encode`, `decode`, `bos_id` and `eos_id`; needed
       for prompts that are text.
     max_rows: prompts that are run at once.
+    max_logits: that are held at once when scoring; by default 128 MB.
     slot_id: of the token that soft tokens replace; by default the vocabulary's.
   """
 
@@ -71,12 +71,14 @@ class Generator:
     vocabulary: Any = None,
     *,
     max_rows: int = 8,
+    max_logits: int = 1 << 25,
     slot_id: int | None = None,
   ):
     self._lm = lm
     self._params = params
     self._vocabulary = vocabulary
     self._max_rows = max_rows
+    self._max_logits = max_logits
     self._given_slot_id = slot_id
     self._has_encoder = isinstance(lm, T5) and lm.config.num_encoder_layers > 0
     self._generate = jax.jit(self._generate_rows, static_argnames='max_new_tokens')
@@ -218,7 +220,7 @@ class Generator:
     def logits(hidden: jax.Array) -> Any:
       return apply(hidden, method='logits')
 
-    chunk = max(1, _LOGITS // self._lm.config.vocab_size)
+    chunk = max(1, self._max_logits // self._lm.config.vocab_size)
     flat = hidden.reshape(-1, hidden.shape[-1])
     nll = token_nll(logits, flat, targets.reshape(-1), chunk=chunk)
     return -nll.reshape(targets.shape)
@@ -310,7 +312,7 @@ class Generator:
 class _Batch:
   """Rows that are run together, padded: tokens [B, T], lengths [B], soft tokens [B, K, D].
 
-  `rows` [B]: which ones they are. Behind the first `size`, there is nothing (length 0).
+  `rows` [B]: which ones they are. After the first `size`, there is nothing (length 0).
   """
 
   size: int

@@ -10,7 +10,7 @@
 Prompts are padded on the right, so that rows of different length begin at place 0:
 
   tokens     [[5, 6, 7, 8], [9, 3, 0, 0]]   lengths [4, 2]
-  place       0  1  2  3     0  1  2  3    4  5       the cache: new tokens stand behind all prompts
+  place       0  1  2  3     0  1  2  3    4  5       the cache: new tokens stand after all prompts
   position    0  1  2  3     0  1  -  -    4  5 | 2  3
   segment     1  1  1  1     1  1  0  0    1  1
 
@@ -116,10 +116,10 @@ class Generated(NamedTuple):
   """What came of a prompt, row by row.
 
   Attributes:
-    tokens: [B, N] int32; 0 behind the end of a row.
+    tokens: [B, N] int32; 0 after the end of a row.
     lengths: [B] int32, how many tokens there are, a stop token included.
     log_probs: [B, N] float32, of each token according to the model, whatever the temperature and
-      the filters were; 0 behind the end.
+      the filters were; 0 after the end.
     stopped: [B] bool: the last token is a stop token.
   """
 
@@ -324,7 +324,7 @@ def choose_tokens(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax
     scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampling.temperature
     kept = candidates(scaled, sampling.top_k, sampling.top_p)
     probabilities = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
-    return _draw(probabilities, jax.vmap(jax.random.uniform)(keys))
+    return draw(probabilities, jax.vmap(jax.random.uniform)(keys))
 
   return jax.lax.cond(sampling.temperature > 0, drawn, lambda: _first_maximum(logits))
 
@@ -375,8 +375,16 @@ def _least_kept(order: jax.Array, weights: jax.Array, target: jax.Array) -> jax.
   return jax.lax.fori_loop(0, 32, bit, jnp.zeros(order.shape[:1], jnp.uint32))
 
 
-def _draw(probabilities: jax.Array, uniform: jax.Array) -> jax.Array:
-  """[B, V], [B] in [0, 1) -> tokens [B]: a block by its sum, then a token of it."""
+def draw(probabilities: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Where numbers fall among probabilities laid end to end: a block by its sum, then a token of it.
+
+  Args:
+    probabilities: [B, V].
+    uniform: [B] in [0, 1).
+
+  Returns:
+    Tokens [B], none of which has probability 0.
+  """
   batch, vocab_size = probabilities.shape
   padded = jnp.pad(probabilities, ((0, 0), (0, -vocab_size % _BLOCK)))
   blocks = padded.reshape(batch, -1, _BLOCK)

@@ -14,7 +14,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from scipy import special
 
 # Values held at once by one chunk of bootstrap resamples: 32 MB of float64.
 _BOOTSTRAP_CHUNK = 4_000_000
@@ -123,6 +122,8 @@ def ndcg(ranks: Ranks, k: int) -> np.ndarray:
 
 def reciprocal_rank(ranks: Ranks) -> np.ndarray:
   """[n] float64: 1 / (rank + 1) over all candidates; its mean is MRR."""
+  from scipy import special  # a quarter of a second, which who recommends need not wait
+
   # A sum of 1/(rank+1) over tied places is a difference of harmonic numbers; where nothing ties
   # the direct form is exact.
   harmonic = special.digamma(ranks.better + ranks.tied + 2) - special.digamma(ranks.better + 1)

@@ -20,7 +20,7 @@ from ilm_jax.checkpoints import bert
 from ilm_jax.errors import UsageError
 from ilm_jax.modules import qformer
 
-_MAX_TOKENS = 256  # of the model card; what is behind is cut off
+_MAX_TOKENS = 256  # of the model card; what comes after is cut off
 _BUCKET = 16  # texts are padded to a multiple of it, so that few shapes are compiled
 _TOKENS_PER_BATCH = 1024
 

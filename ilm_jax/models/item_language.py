@@ -5,7 +5,7 @@ What is trained is the item encoder, the adaptor and, where there is one, the re
 
   vocabulary   -log p of the target tokens, over all of the vocabulary: the paper's
   catalogue    the same over those tokens that may follow in the catalogue: what is to be learned is
-               which item, not what a title looks like (decoding/catalogue_loss.py)
+               which item, not what a title looks like (models/catalogue_loss.py)
   readout      over items, at every item of a history, by one forward pass (modules/readout.py)
 
 Letters: B rows, T tokens, S items of a history, E entities of a row, K soft tokens of an entity,
@@ -20,17 +20,17 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.data.user_states import UserStates
-from ilm_jax.decoding.catalogue_loss import catalogue_nll
-from ilm_jax.decoding.trie import Trie
-from ilm_jax.models.splice import splice, unique_entities
-from ilm_jax.models.token_losses import token_nll
+from ilm_jax.catalogue.trie import Trie
+from ilm_jax.models.catalogue_loss import catalogue_nll
 from ilm_jax.modules.attention import SHARED, Cache
-from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.decoder import Decoder, LayerByLayer
 from ilm_jax.modules.readout import Readout
 from ilm_jax.modules.soft_tokens import Encoded, SoftTokenConfig, SoftTokens
+from ilm_jax.modules.splice import splice, unique_entities
 from ilm_jax.modules.t5 import T5
-from ilm_jax.sharding import batch_parts
+from ilm_jax.modules.token_losses import token_nll
+from ilm_jax.modules.user_states import UserStates
+from ilm_jax.runtime.sharding import batch_parts
 
 Metrics = dict[str, jax.Array]
 TargetLoss = Literal['vocabulary', 'catalogue']
@@ -127,8 +127,8 @@ class _Parts:
 class ItemLanguageModel:
   """The losses of phase 2 as functions of parameters and batches.
 
-  A batch is what a converter of `ilm_jax.data.feature_converter` makes, packed or not: prompts
-  (ItemLM, ItemPrefixLM, ItemEncDec), or histories (EntityText: `entity_ids`).
+  A batch is what a converter of `ilm_jax.data.input.feature_converter` makes, packed or not:
+  prompts (ItemLM, ItemPrefixLM, ItemEncDec), or histories (EntityText: `entity_ids`).
   """
 
   def __init__(
@@ -364,7 +364,7 @@ class ItemLanguageModel:
     """The mean of -log p(next item) over all items of histories but the first, in nats.
 
     Args:
-      entity_ids: [B, S + 1], items, oldest first, padded behind with -1.
+      entity_ids: [B, S + 1], items, oldest first, padded at the end with -1.
     """
     dropout, draw = jax.random.split(key)
     dropout = None if deterministic else dropout
@@ -399,30 +399,55 @@ class ItemLanguageModel:
   def readout_scores(
     self, params: Any, frozen: Frozen, entity_ids: jax.Array, vectors: jax.Array
   ) -> jax.Array:
-    """Scores of all items [B, I] after histories [B, S], padded behind with -1, one item at least.
+    """Scores of all items [B, I] after histories [B, S], padded with -1, one item at least.
 
     Args:
       vectors: [I, F], of `encode` of all items: made once for a model.
     """
+    inputs = self.history_inputs(params, frozen, entity_ids)
+    hidden, _ = self._apply(params, frozen, *inputs, cache=self._prefix(params, frozen))
+    return self.scores_of_states(params, frozen, hidden, entity_ids, vectors)
+
+  def history_inputs(
+    self, params: Any, frozen: Frozen, entity_ids: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the language model reads of histories [B, S]: embeddings, positions, segments."""
     parts = _Parts(entity_ids, self.num_items)
     soft = parts.take(self.encode(params, frozen, parts.ids).soft_tokens)
-    hidden = self._states(params, frozen, soft, entity_ids)
-    last = (entity_ids >= 0).sum(axis=1) - 1
-    hidden = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+    return self._inputs(soft, entity_ids)
+
+  def scores_of_states(
+    self,
+    params: Any,
+    frozen: Frozen,
+    hidden: jax.Array,
+    entity_ids: jax.Array,
+    vectors: jax.Array,
+  ) -> jax.Array:
+    """`readout_scores` of the states [B, S * K, D] that the language model makes of its inputs."""
+    last = jnp.maximum((entity_ids >= 0).sum(axis=1) - 1, 0)
+    k = self.num_soft_tokens
+    hidden = jnp.take_along_axis(hidden, (last * k + k - 1)[:, None, None], axis=1)[:, 0]
     return self._scores(params, hidden, vectors, frozen.log_popularity)
 
   def _states(
     self, params: Any, frozen: Frozen, soft_tokens: jax.Array, entity_ids: jax.Array
   ) -> jax.Array:
-    """States [B, S, D] behind each item of histories [B, S], of soft tokens [B, S, K, D]."""
+    """States [B, S, D] after each item of histories [B, S], of soft tokens [B, S, K, D]."""
+    inputs = self._inputs(soft_tokens, entity_ids)
+    hidden, _ = self._apply(params, frozen, *inputs, cache=self._prefix(params, frozen))
+    k = soft_tokens.shape[2]
+    return hidden[:, k - 1 :: k]
+
+  def _inputs(
+    self, soft_tokens: jax.Array, entity_ids: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, items, k, _ = soft_tokens.shape
     embeddings = soft_tokens.reshape(batch, items * k, -1)
     segment_ids = jnp.repeat(entity_ids >= 0, k, axis=1).astype(jnp.int32)
-    prefix = self._prefix(params, frozen)
-    first = 0 if prefix is None else prefix.capacity
+    first = len(self.prefix_tokens)
     positions = jnp.broadcast_to(first + jnp.arange(items * k), (batch, items * k))
-    hidden, _ = self._apply(params, frozen, embeddings, positions, segment_ids, cache=prefix)
-    return hidden[:, k - 1 :: k]
+    return embeddings, positions, segment_ids
 
   @property
   def _readout(self) -> Readout:
@@ -451,15 +476,24 @@ class ItemLanguageModel:
 
   # ---- the language model
 
-  def run_prefix(self, lm_params: Any) -> Cache | None:
-    """The prefix as a cache that all prompts share: once, where the language model is frozen."""
+  def run_prefix(self, lm_params: Any, layers: LayerByLayer | None = None) -> Cache | None:
+    """The prefix as a cache that all prompts share: once, where the language model is frozen.
+
+    With `layers` it is for calls outside of jit, see there.
+    """
     if not self.prefix_tokens:
       return None
-    apply = functools.partial(self.lm.apply, {'params': lm_params})
+    run = functools.partial(self.lm.apply, {'params': lm_params})
     tokens = jnp.asarray([self.prefix_tokens], jnp.int32)
-    run: Any = apply(apply(tokens, method='embed_tokens'))
-    cache = self.lm.init_cache(1, tokens.shape[1]).append(run[1])
-    return cache._replace(segment_ids=jnp.full_like(cache.segment_ids, SHARED))
+
+    @jax.jit
+    def as_cache(new: Any) -> Cache:
+      cache = self.lm.init_cache(1, tokens.shape[1]).append(new)
+      return cache._replace(segment_ids=jnp.full_like(cache.segment_ids, SHARED))
+
+    embeddings: Any = run(tokens, method='embed_tokens')
+    new: Any = (run(embeddings) if layers is None else layers(lm_params, embeddings))[1]
+    return as_cache(new)
 
   def _prefix(self, params: Any, frozen: Frozen) -> Cache | None:
     return self.run_prefix(params['lm']) if frozen.lm is None else frozen.prefix

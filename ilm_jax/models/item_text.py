@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.data.histories import UserHistories
 from ilm_jax.models import losses
 from ilm_jax.models.losses import Metrics
+from ilm_jax.modules.histories import UserHistories
 from ilm_jax.modules.item_text import ItemTextEncoder
 from ilm_jax.modules.qformer import QFormerConfig
 
@@ -141,14 +141,14 @@ class ItemTextModel:
 
   def encode_texts(self, params: Any, text_tokens: jax.Array, text_mask: jax.Array) -> jax.Array:
     """Unit features [B, F] of texts [B, T]."""
-    tokens, mask, _ = self._with_special_tokens(text_tokens, text_mask)
+    tokens, mask, _ = self.with_special_tokens(text_tokens, text_mask)
     return losses.normalise(self._apply(params, None, 'text_features', tokens, mask))
 
   def text_nll(
     self, params: Any, vectors: jax.Array, text_tokens: jax.Array, text_mask: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     """Sum of -log p of the texts' tokens (EOS included) given the entities, and their number."""
-    tokens, mask, targets = self._with_special_tokens(text_tokens, text_mask)
+    tokens, mask, targets = self.with_special_tokens(text_tokens, text_mask)
     weights = mask * (text_mask.sum(axis=1, keepdims=True) > 0)
     _, metrics = self._generate(params, None, vectors, tokens, weights, targets)
     count = weights[:, 1:].sum()
@@ -158,7 +158,7 @@ class ItemTextModel:
     c = self.config
     items = batch['entity_ids'][:, 0]
     vectors = frozen.entity_vectors[items]
-    tokens, mask, targets = self._with_special_tokens(batch['text_tokens'], batch['text_mask'])
+    tokens, mask, targets = self.with_special_tokens(batch['text_tokens'], batch['text_mask'])
     itc_key, itm_key, itg_key, entity_key, text_key = jax.random.split(key, 5)
     dropout = _dropout(None if deterministic else itc_key)
 
@@ -235,7 +235,9 @@ class ItemTextModel:
       same.append(frozen.histories.contains(users - self.num_items, right))
     return jnp.stack(same).any(axis=0)
 
-  def _with_special_tokens(self, text_tokens, text_mask):
+  def with_special_tokens(
+    self, text_tokens: jax.Array, text_mask: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """[CLS] t1 .. tn [EOS] with its mask, and the targets of its positions when [DEC] is first.
 
     text_tokens  [7, 8, 0]   ->   tokens [CLS, 7, 8, EOS, 0]   mask [1, 1, 1, 1, 0]
@@ -250,7 +252,7 @@ class ItemTextModel:
     return tokens, mask.astype(jnp.int32), body
 
   def _generate(self, params, key, vectors, tokens, mask, targets):
-    """ITG on what `_with_special_tokens` made; `mask` says what counts."""
+    """ITG on what `with_special_tokens` made; `mask` says what counts."""
     inputs = tokens[:, :-1].at[:, 0].set(self.tokens.dec)
     states = self._apply(params, key, 'generation_states', vectors, inputs, mask[:, :-1])
     return losses.generation(

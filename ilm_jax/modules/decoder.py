@@ -22,15 +22,8 @@ import jax.numpy as jnp
 from ilm_jax.modules import attention
 from ilm_jax.modules.attention import Cache, KeyValue, NewTokens, Tokens
 from ilm_jax.modules.backward import ACTIVATIONS, in_branch
-from ilm_jax.modules.layers import (
-  Compute,
-  Embedder,
-  GatedMlp,
-  RMSNorm,
-  dense,
-  run_layers,
-)
-from ilm_jax.sharding import constrain
+from ilm_jax.modules.layers import Compute, Embedder, GatedMlp, RMSNorm, dense, run_layers
+from ilm_jax.runtime.sharding import constrain
 
 _HIDDEN = ('batch', 'length', 'activation_embed')
 
@@ -72,7 +65,7 @@ class DecoderConfig:
     attention_softcap, final_softcap: c, as in c tanh(x / c), of scores and logits; None for none.
     qk_norm: RMSNorm over the head width of queries and keys (Gemma 3, Qwen 3).
     qkv_bias: of queries, keys and values (Qwen 2.5).
-    post_norms: RMSNorm behind attention and feed-forward as well (Gemma 2 and 3).
+    post_norms: RMSNorm after attention and feed-forward as well (Gemma 2 and 3).
     scale_embeddings: embeddings times sqrt(D), rounded to their dtype (Gemma).
     tied_head: the head is the embedding table.
   """
@@ -162,35 +155,24 @@ class Decoder(nn.Module):
       cache: tokens that come before, which these see.
 
     Returns:
-      Hidden states [B, T, D] behind the final norm, for `logits`; and the tokens as a cache takes
+      Hidden states [B, T, D] after the final norm, for `logits`; and the tokens as a cache takes
       them.
     """
     c = self.config
-    batch, length, _ = embeddings.shape
-    tokens = attention.tokens_at(batch, length, positions, segment_ids)
-
-    def ropes(_: jax.Array) -> tuple[Any, Any]:
-      everything = _rope(tokens.positions, c, local=False)
-      return everything, _rope(tokens.positions, c, local=True) if any(c.is_local) else None
-
-    # Else sines are computed in every layer and head.
-    both = ropes(embeddings) if self.compute.scan_layers else in_branch(ropes, embeddings)
-    shared = _Shared(tokens, *both)
-    if not (self.compute.attention == 'splash' and cache is prefix_mask is mask is None):
-      everything, local = _masks(c, tokens, prefix_mask, mask, cache)
-      shared = shared._replace(mask=everything, local_mask=local)
+    hidden, shared = _begin(
+      self, embeddings, positions, segment_ids, prefix_mask=prefix_mask, mask=mask, cache=cache
+    )
     layer = functools.partial(_Layer, c, self.compute)
-    hidden = constrain(embeddings.astype(self.compute.dtype), _HIDDEN)
     if self.compute.scan_layers:
       per_layer = jnp.asarray(c.is_local), cache.layers if cache else None
     else:
       per_layer = list(zip(c.is_local, cache.layers if cache else [None] * c.num_layers))
-    hidden, layers = run_layers(layer, c.num_layers, self.compute, hidden, per_layer, shared)
+    hidden, layers = run_layers(self, layer, c.num_layers, self.compute, hidden, per_layer, shared)
     norm = RMSNorm(c.norm_epsilon, self.compute.dtype, name='final_norm')
-    return norm(hidden), NewTokens(layers, *tokens)
+    return norm(hidden), NewTokens(layers, *shared.tokens)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] behind the final norm -> [..., V] float32. Ask for the positions that matter."""
+    """[..., D] after the final norm -> [..., V] float32. Ask for the positions that matter."""
     table = self.embedder if self.config.tied_head else self.head
     logits = table.attend(hidden)
     if self.config.final_softcap is None:
@@ -217,6 +199,76 @@ class Decoder(nn.Module):
       dtype=self.compute.dtype,
       stacked=self.compute.scan_layers,
     )
+
+
+class LayerByLayer:
+  """Runs a decoder whose layers are not scanned as calls of one small program, layer after layer.
+
+  XLA loads a program of 30 layers from its cache for seconds, longer than one request runs. For
+  programs that are run often, all layers in one jit are as fast.
+  """
+
+  def __init__(self, lm: Decoder):
+    c, compute = lm.config, lm.compute
+
+    def one_layer(params: Any, hidden: Any, cached: Any, shared: _Shared, is_local: bool) -> Any:
+      layer = _Layer(c, compute, parent=None)
+      return layer.apply({'params': params}, hidden, (is_local, cached), shared)
+
+    def norm(params: Any, hidden: jax.Array) -> Any:
+      final = RMSNorm(c.norm_epsilon, compute.dtype, parent=None)
+      return final.apply({'params': params}, hidden)
+
+    self._is_local = c.is_local
+    self._begin = jax.jit(functools.partial(_begin, lm))
+    self._layer = jax.jit(one_layer, static_argnames='is_local')
+    self._norm = jax.jit(norm)
+
+  def __call__(
+    self,
+    params: Any,
+    embeddings: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    *,
+    cache: Cache | None = None,
+  ) -> tuple[jax.Array, NewTokens]:
+    """As `Decoder.__call__`, with its parameters."""
+    hidden, shared = self._begin(embeddings, positions, segment_ids, cache=cache)
+    cached = cache.layers if cache else [None] * len(self._is_local)
+    layers = []
+    for i, (is_local, own) in enumerate(zip(self._is_local, cached, strict=True)):
+      hidden, new = self._layer(params[f'layers_{i}'], hidden, own, shared, is_local=is_local)
+      layers.append(new)
+    return self._norm(params['final_norm'], hidden), NewTokens(layers, *shared.tokens)
+
+
+def _begin(
+  lm: Decoder,
+  embeddings: jax.Array,
+  positions: jax.Array | None,
+  segment_ids: jax.Array | None,
+  *,
+  prefix_mask: jax.Array | None = None,
+  mask: jax.Array | None = None,
+  cache: Cache | None,
+) -> tuple[jax.Array, '_Shared']:
+  """What goes into the first layer, and what every layer gets."""
+  c, compute = lm.config, lm.compute
+  batch, length, _ = embeddings.shape
+  tokens = attention.tokens_at(batch, length, positions, segment_ids)
+
+  def ropes(_: jax.Array) -> tuple[Any, Any]:
+    everything = _rope(tokens.positions, c, local=False)
+    return everything, _rope(tokens.positions, c, local=True) if any(c.is_local) else None
+
+  # Else sines are computed in every layer and head.
+  both = ropes(embeddings) if compute.scan_layers else in_branch(ropes, embeddings)
+  shared = _Shared(tokens, *both)
+  if not (compute.attention == 'splash' and cache is prefix_mask is mask is None):
+    everything, local = _masks(c, tokens, prefix_mask, mask, cache)
+    shared = shared._replace(mask=everything, local_mask=local)
+  return constrain(embeddings.astype(compute.dtype), _HIDDEN), shared
 
 
 class _Shared(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ilm_jax.modules.qformer import QFormer, QFormerConfig, attention_mask
-from ilm_jax.sharding import with_axes
+from ilm_jax.runtime.sharding import with_axes
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -43,15 +43,11 @@ class ItemTextEncoder(nn.Module):
     }
 
   def __call__(self, vectors: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Runs every part once: for initialisation."""
-    mask = jnp.ones_like(tokens)
-    queries = self.queries(vectors, deterministic=True)
-    parts = [
-      self.query_features(queries).sum(),
-      self.text_features(tokens, mask, deterministic=True).sum(),
-      self.match_logits(vectors, tokens, mask, deterministic=True).sum(),
-    ]
-    return jnp.stack(parts).sum()
+    """Runs every parameter's layer once: for initialisation."""
+    mask = attention_mask('multimodal', self.config.num_queries, jnp.ones_like(tokens))
+    queries, text = self.qformer(vectors[:, None], tokens, mask, deterministic=True)
+    parts = self.query_features(queries), self.text_projection(text), self.match(queries)
+    return jnp.stack([part.sum() for part in parts]).sum()
 
   def queries(self, vectors: jax.Array, *, deterministic: bool) -> jax.Array:
     """Query outputs [B, K, D] of entities' vectors [B, d_encoder], without text."""

@@ -5,16 +5,18 @@ width, V vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ilm_jax.modules.backward import gated, layer_norm, rms_norm
 from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows
-from ilm_jax.sharding import constrain, gathered, with_axes
+from ilm_jax.runtime.sharding import constrain, gathered, with_axes
 
 # Which activations of a layer the backward pass finds saved, and does not compute again.
 REMAT_POLICIES: Mapping[str, Callable[..., bool] | None] = {
@@ -233,6 +235,7 @@ class GatedMlp(nn.Module):
 
 
 def run_layers(
+  stack: nn.Module,
   layer: Callable[..., nn.Module],
   num_layers: int,
   compute: Compute,
@@ -240,9 +243,10 @@ def run_layers(
   per_layer: Any,
   shared: Any,
 ) -> tuple[Any, Any]:
-  """Runs the layers of a stack, inside the `__call__` of a compact module.
+  """Runs the layers of a stack, inside its `__call__`, which is compact.
 
   Args:
+    stack: the module that has the layers.
     layer: layer(name=...) makes one, which is called as (carry, own, shared) and returns
       (carry, output).
     num_layers: L.
@@ -260,9 +264,15 @@ def run_layers(
     policy = REMAT_POLICIES[compute.remat]
     layer = nn.remat(layer, policy=policy, prevent_cse=not compute.scan_layers)
   if not compute.scan_layers:
-    outputs = []
+    run, outputs = _traced_once(layer), []
+    # Where nothing is traced there is nothing to save, and `run` would be compiled in each call.
+    traced = _has_tracer((stack.variables, carry, shared)) and not stack.is_initializing()
     for i in range(num_layers):
-      carry, output = layer(name=f'layers_{i}')(carry, per_layer[i], shared)
+      name, own = f'layers_{i}', per_layer[i]
+      if traced:
+        carry, output = run(stack.variables['params'][name], carry, own, shared)
+      else:
+        carry, output = layer(name=name)(carry, own, shared)
       outputs.append(output)
     return carry, outputs
   scanned = nn.scan(
@@ -274,3 +284,30 @@ def run_layers(
     metadata_params={nn.PARTITION_NAME: 'layers'},
   )
   return scanned(name='layers')(carry, per_layer, shared)
+
+
+def _has_tracer(tree: Any) -> bool:
+  return any(isinstance(x, Tracer) for x in jax.tree.leaves(tree))
+
+
+def _traced_once(layer: Callable[..., nn.Module]) -> Callable[..., Any]:
+  """A layer as a function of its parameters: (params, carry, own, shared) -> (carry, output).
+
+  Layers of one kind are traced, and differentiated, once, which is most of the time until a program
+  of many layers is compiled. XLA gets to see calls, which it puts in line: the same program.
+  """
+
+  @functools.partial(jax.jit, static_argnums=(4, 5))
+  def run(params, carry, shared, arrays, tree, flags):
+    # What a layer is (`flags`) is no array: an unrolled layer branches on it.
+    leaves = [x if flag is None else flag for x, flag in zip(arrays, flags)]
+    own = jax.tree.unflatten(tree, leaves)
+    return layer(parent=None).apply({'params': params}, carry, own, shared)
+
+  def call(params, carry, own, shared):
+    leaves, tree = jax.tree.flatten(own)
+    flags = tuple(x if isinstance(x, bool) else None for x in leaves)
+    arrays = [x if flag is None else None for x, flag in zip(leaves, flags)]
+    return run(params, carry, shared, arrays, tree, flags)
+
+  return call

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_CPUINFO = Path('/proc/cpuinfo')
 _X86_BFLOAT16 = frozenset({'avx512_bf16', 'amx_bf16'})
 
 
@@ -28,12 +27,13 @@ def multiplies_bfloat16(platform: str | None = None) -> bool:
   Args:
     platform: 'cpu', 'gpu' or 'tpu'; by default where JAX runs.
   """
-  return (platform or jax.default_backend()) != 'cpu' or bool(_X86_BFLOAT16 & _cpu_flags())
+  return (platform or jax.default_backend()) != 'cpu' or bool(_X86_BFLOAT16 & cpu_flags())
 
 
 @functools.cache
-def _cpu_flags() -> frozenset[str]:
-  text = _CPUINFO.read_text() if _CPUINFO.exists() else ''  # Linux alone has it
+def cpu_flags(cpuinfo: Path = Path('/proc/cpuinfo')) -> frozenset[str]:
+  """What an x86 CPU says that it can do; nothing where there is no such file, as outside Linux."""
+  text = cpuinfo.read_text() if cpuinfo.exists() else ''
   found = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
   return frozenset(found[1].split() if found else ())
 

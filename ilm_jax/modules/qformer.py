@@ -20,7 +20,7 @@ from ilm_jax.modules.backward import gelu
 from ilm_jax.modules.dropout import Dropout
 from ilm_jax.modules.layers import REMAT_POLICIES, LayerNorm
 from ilm_jax.modules.precision import bf16_dot_general
-from ilm_jax.sharding import constrain, gathered, with_axes
+from ilm_jax.runtime.sharding import constrain, gathered, with_axes
 
 _INIT = nn.initializers.normal(0.02)  # BERT's, also of the queries
 # Of what reads the encoder tokens: unit RMS in, unit RMS out. BLIP-2's normal(0.02) does that for

@@ -2,7 +2,7 @@
 
   score(i) = (W h / rms(h)) . norm(v_i) + w log p_i
 
-h is the state behind a prompt, v_i what the item encoder says of item i, p_i its share of the
+h is the state after a prompt, v_i what the item encoder says of item i, p_i its share of the
 training rows. W begins at 0, and so does w: on MovieLens-100K, a beginning at popularity (w = 1)
 learned more slowly what is not popularity. (Beyond the paper; ilm_jax's own.)
 
@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.sharding import with_axes
+from ilm_jax.runtime.sharding import with_axes
 
 _EPSILON = 1e-6
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.sharding import with_axes
+from ilm_jax.runtime.sharding import with_axes
 
 
 def relative_buckets(
@@ -33,7 +33,7 @@ def relative_buckets(
     key before query by   0 1 2 3 4 5 6 7 8 9 10 11 12 13 ...
     bucket                0 1 2 3 4 4 5 5 6 6  6  6  7  7 ...
 
-  Keys behind their query are in bucket 0; if bidirectional, in buckets of their own, the second
+  Keys after their query are in bucket 0; if bidirectional, in buckets of their own, the second
   half of them.
 
   Args:

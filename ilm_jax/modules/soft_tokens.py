@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ilm_jax.modules.qformer import QFormer, QFormerConfig
-from ilm_jax.sharding import fetch, with_axes
+from ilm_jax.runtime.sharding import fetch, with_axes
 
 _INIT = nn.initializers.variance_scaling(1.0, 'fan_in', 'normal')
 _LEAST_DEVIATION = 0.05  # of the features' RMS
@@ -43,7 +43,7 @@ class SoftTokenConfig:
   Attributes:
     item_encoder: its kind and size. A Q-Former needs no text branch here.
     d_model: D.
-    normalise: LayerNorm with one learned gain behind the adaptor, so that soft tokens have the
+    normalise: LayerNorm with one learned gain after the adaptor, so that soft tokens have the
       scale of the language model's own embeddings; False is the paper's.
     gain: where the gain begins: the RMS of a token embedding, as it enters the layers.
     skip: whether the adaptor and `Encoded.vectors` read the encoder tokens (their mean) beside what
@@ -51,7 +51,7 @@ class SoftTokenConfig:
       vectors say themselves, and phase 1 makes of them what texts say.
     standardise: of a Q-Former: the adaptor reads features of mean 0 and deviation 1 over the
       catalogue (`standardised`), and what all soft tokens have in common is a vector of its own,
-      added behind the LayerNorm. Beyond the paper: what is learned first is common to all items
+      added after the LayerNorm. Beyond the paper: what is learned first is common to all items
       (how an answer ends, say), and would otherwise drown what tells them apart.
     max_encoder_tokens: E at most. With more than one an entity is a sequence (a user's last items,
       the oldest first), and what tells the places apart is learned, counted from the end.
@@ -122,7 +122,7 @@ class SoftTokens(nn.Module):
     """Encodes entities.
 
     Args:
-      encoder_tokens: of entities; sequences begin at place 0 and are padded behind.
+      encoder_tokens: of entities; sequences begin at place 0 and are padded at the end.
       encoder_mask: [U, E], nonzero where there is a token; an entity has one at least.
       deterministic: False draws dropout from the 'dropout' rng.
     """

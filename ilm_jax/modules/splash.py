@@ -46,7 +46,7 @@ def attend(
     [B, H, T, C].
   """
   length = query.shape[2]
-  padding = -length % _LANES  # behind all others, hence seen by none of them
+  padding = -length % _LANES  # after all others, hence seen by none of them
   inputs = [jnp.pad(x, [(0, 0)] * 2 + [(0, padding), (0, 0)]) for x in (query * scale, key, value)]
   inputs.append(jnp.pad(segment_ids, [(0, 0), (0, padding)]))
   local = functools.partial(_local, softcap=softcap, window=window)

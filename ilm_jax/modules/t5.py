@@ -29,16 +29,9 @@ import jax.numpy as jnp
 from ilm_jax.modules import attention
 from ilm_jax.modules.attention import Cache, KeyValue, NewTokens, Tokens
 from ilm_jax.modules.backward import ACTIVATIONS
-from ilm_jax.modules.layers import (
-  Compute,
-  Embedder,
-  GatedMlp,
-  RMSNorm,
-  dense,
-  run_layers,
-)
+from ilm_jax.modules.layers import Compute, Embedder, GatedMlp, RMSNorm, dense, run_layers
 from ilm_jax.modules.relative_bias import RelativeBias, relative_buckets
-from ilm_jax.sharding import constrain
+from ilm_jax.runtime.sharding import constrain
 
 _HIDDEN = ('batch', 'length', 'activation_embed')
 
@@ -168,7 +161,7 @@ class T5(nn.Module):
       segment_ids: [B, E] int32, of packed rows, 0 for padding; all one segment by default.
 
     Returns:
-      [B, E, D] behind the final norm.
+      [B, E, D] after the final norm.
     """
     self._require_encoder(True)
     tokens = attention.tokens_at(embeddings.shape[0], embeddings.shape[1], positions, segment_ids)
@@ -211,7 +204,7 @@ class T5(nn.Module):
       cache: tokens that come before, which these see.
 
     Returns:
-      Hidden states [B, T, D] behind the final norm, for `logits`; and the tokens as a cache takes
+      Hidden states [B, T, D] after the final norm, for `logits`; and the tokens as a cache takes
       them.
     """
     self._require_encoder(True)
@@ -247,7 +240,7 @@ class T5(nn.Module):
       cache: tokens that come before, which these see.
 
     Returns:
-      Hidden states [B, T, D] behind the final norm, for `logits`; and the tokens as a cache takes
+      Hidden states [B, T, D] after the final norm, for `logits`; and the tokens as a cache takes
       them.
     """
     self._require_encoder(False)
@@ -256,7 +249,7 @@ class T5(nn.Module):
     return self._run_decoder(embeddings, tokens, shared, cache)
 
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """[..., D] behind the final norm -> [..., V] float32. Ask for the positions that matter."""
+    """[..., D] after the final norm -> [..., V] float32. Ask for the positions that matter."""
     if not self.config.tied_head:
       return self.head.attend(hidden)
     return self.embedder.attend(hidden) / math.sqrt(self.config.d_model)
@@ -366,7 +359,9 @@ class _Stack(nn.Module):
       nothing = [None] * self.num_layers
       per_layer = list(zip(cached or nothing, source or nothing))
     layer = functools.partial(_Layer, c, self.compute, self.has_cross_attention)
-    hidden, layers = run_layers(layer, self.num_layers, self.compute, hidden, per_layer, shared)
+    hidden, layers = run_layers(
+      self, layer, self.num_layers, self.compute, hidden, per_layer, shared
+    )
     if hidden is None:
       return None, layers
     return RMSNorm(c.norm_epsilon, self.compute.dtype, name='final_norm')(hidden), layers

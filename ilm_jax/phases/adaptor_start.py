@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from ilm_jax.data.prepared import PreparedData
-from ilm_jax.data.slot_vocabulary import SlotVocabulary
+from ilm_jax.data.text.slot_vocabulary import SlotVocabulary
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.soft_tokens import SoftTokenConfig, SoftTokens, standardised
-from ilm_jax.sharding import fetch
+from ilm_jax.runtime.sharding import fetch
 
 _RIDGE = 0.1  # of the mean variance of features
 _MOST_ITEMS = 8192  # of a catalogue: they are in random order

@@ -2,35 +2,35 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import seqio
 
+from ilm_jax.catalogue.trie import Trie, build_trie
 from ilm_jax.cf import rankers
 from ilm_jax.cf.rankers import Sequences
 from ilm_jax.checkpoints.handoff import hand_over
-from ilm_jax.checkpoints.lm.load import LanguageModel, load_lm
-from ilm_jax.config_types import make_dataclass
-from ilm_jax.data import prompts
-from ilm_jax.data.entity_text import EntityText
-from ilm_jax.data.prepared import load_prepared
-from ilm_jax.data.reader import BatchReader, read_once
-from ilm_jax.data.sources import RowTable
-from ilm_jax.data.text_tokens import TextTokens
-from ilm_jax.data.trimming import without_padding
-from ilm_jax.data.user_states import UserStates
+from ilm_jax.config.types import make_dataclass
+from ilm_jax.data.input.row_table import RowTable
+from ilm_jax.data.input.trimming import without_padding
+from ilm_jax.data.prepared_records import load_prepared
+from ilm_jax.data.text import prompts
+from ilm_jax.data.text.entity_text import EntityText
+from ilm_jax.data.text.text_tokens import TextTokens
 from ilm_jax.decoding.calibration import edge_bias, neutral_log_probs, popularity_bias
 from ilm_jax.decoding.exact import ScoringPlan, scoring_plan
-from ilm_jax.decoding.trie import Trie, build_trie
+from ilm_jax.decoding.generator import bucket
 from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.lm.load import LanguageModel, load_lm
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig
-from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.attention import Cache
+from ilm_jax.modules.decoder import Decoder, LayerByLayer
 from ilm_jax.modules.qformer import HOW_IT_RUNS
 from ilm_jax.modules.readout import log_popularity
+from ilm_jax.modules.user_states import UserStates
 from ilm_jax.phases.adaptor_start import begin_at_words, words_of_items
 from ilm_jax.phases.item_language_options import (
   ItemLanguageData,
@@ -44,13 +44,16 @@ from ilm_jax.phases.phase import (
   HostBatch,
   InputOptions,
   Phase,
+  Reader,
   boxed_vectors,
   input_shards,
   load_table,
   open_reader,
 )
-from ilm_jax.sharding import fetch, place_batch, place_rows
-from ilm_jax.tasks import recommendation
+from ilm_jax.runtime.progress import Done, ignore
+from ilm_jax.runtime.sharding import fetch, place_batch, place_rows, rows_for
+from ilm_jax.runtime.tensorflow import import_tensorflow
+from ilm_jax.tasks.names import FORMS, names_of
 
 _TEXT_BRANCH = {'vocab_size', 'max_text_length'}
 
@@ -73,7 +76,7 @@ class ItemLanguagePhase(Phase):
     text: Mapping[str, Any],
     lm: Mapping[str, Any],
   ):
-    """Loads the data and the language model, and registers the SeqIO tasks.
+    """Loads the data and the language model; SeqIO's tasks are registered when one is asked for.
 
     Args:
       inputs: data set, entity table, batch sizes, mesh.
@@ -136,8 +139,7 @@ class ItemLanguagePhase(Phase):
       dataset=self.text.dataset,
       max_text_tokens=self.text.max_text_tokens,
     )
-    self.entity_text: EntityText = recommendation.FORMS[self.text.form]
-    self._register()
+    self.entity_text: EntityText = FORMS[self.text.form]
     self._check_sources_of_options()
     self.counts = np.bincount(self.prepared.items, minlength=self.prepared.num_items)
     self.frozen = self._freeze()
@@ -151,7 +153,16 @@ class ItemLanguagePhase(Phase):
     found = [name.removeprefix(own) for name in self._prompts()]
     return (*([ITEM_SEQUENCE] if self.config.readout else []), *found)
 
-  def reader(self, source: str, start_step: int, position: np.ndarray | None) -> BatchReader:
+  def has_source(self, name: str) -> bool:
+    if name == ITEM_SEQUENCE:
+      return self.config.readout
+    own = names_of(
+      self.prepared.name, self.templates, has_ratings=self.prepared.ratings is not None
+    )
+    mine = f'{self.prepared.name}_{name}'
+    return mine in own.tasks or mine in own.mixtures or name in self.sources()
+
+  def reader(self, source: str, start_step: int, position: np.ndarray | None) -> Reader:
     return open_reader(
       self._provider(source),
       self.inputs,
@@ -231,7 +242,12 @@ class ItemLanguagePhase(Phase):
     )[0]
 
   def readout_scorer(
-    self, params: Any, frozen: Any, *, candidates: tuple[Any, Any] | None = None
+    self,
+    params: Any,
+    frozen: Any,
+    *,
+    candidates: tuple[Any, Any] | None = None,
+    done: Done = ignore,
   ) -> Callable[[Sequences, np.ndarray], np.ndarray]:
     """(histories, users [n]) -> scores [n, num_items]; a history that is empty gets popularity.
 
@@ -239,12 +255,15 @@ class ItemLanguagePhase(Phase):
       params, frozen: the model's.
       candidates: parameters and constants that encode what is compared with, where a control is
         to change the soft tokens alone.
+      done: is told how many more users have their scores.
     """
     vectors = self._item_vectors(*(candidates or (params, frozen)))
-    length, rows = self.text.sequence_length, self._eval_rows()
+    length, most = self.text.sequence_length, self._eval_rows()
 
     def scores(history: Sequences, users: np.ndarray) -> np.ndarray:
       found = np.empty((len(users), self.prepared.num_items), np.float32)
+      # One history does not wait for rows of padding.
+      rows = min(most, rows_for(bucket(len(users), least=1), self.inputs.mesh))
       for start in range(0, len(users), rows):
         some = users[start : start + rows]
         ids = np.full((rows, length), -1, np.int32)
@@ -255,6 +274,7 @@ class ItemLanguagePhase(Phase):
         out = fetch(self._readout(params, frozen, placed, vectors))[: len(some)]
         empty = np.all(ids[: len(some)] < 0, axis=1)
         found[start : start + rows] = np.where(empty[:, None], np.log(self.counts + 1.0), out)
+        done(len(some))
       return found
 
     return scores
@@ -265,7 +285,17 @@ class ItemLanguagePhase(Phase):
 
   @functools.cached_property
   def _readout(self):
-    return jax.jit(self.steps.readout)
+    if self._layers is None:
+      return jax.jit(self.steps.readout)
+    return self.steps.readout_by_layer(self._layers)
+
+  @functools.cached_property
+  def _layers(self) -> LayerByLayer | None:
+    """How what runs the language model once or a few times does it; None: in one program."""
+    lm = self.lm.module
+    if not isinstance(lm, Decoder) or lm.compute.scan_layers or self._lm_options.trained:
+      return None
+    return LayerByLayer(lm)
 
   def task_nll(
     self,
@@ -276,6 +306,7 @@ class ItemLanguagePhase(Phase):
     *,
     most: int | None = None,
     target_loss: str,
+    done: Done = ignore,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Of each example of a task: the sum of -log p of its target tokens, and their number.
 
@@ -285,14 +316,17 @@ class ItemLanguagePhase(Phase):
       split: of it.
       most: examples, at most; by default `eval_examples`.
       target_loss: 'vocabulary' or 'catalogue'.
+      done: is told how many more examples are measured.
     """
     most = most or self.text.eval_examples
-    nll, tokens = [], []
+    nll, tokens, measured = [], [], 0
     for batch, mask in self.read_once(task, split):
       found = fetch(self._task_nll(params, frozen, batch, target_loss=target_loss))
       nll.append(found[0][mask])
       tokens.append(found[1][mask])
-      if sum(map(len, nll)) >= most:
+      done(min(len(nll[-1]), most - measured))
+      measured += len(nll[-1])
+      if measured >= most:
         break
     return np.concatenate(nll), np.concatenate(tokens)
 
@@ -302,15 +336,26 @@ class ItemLanguagePhase(Phase):
 
   def read_once(self, task: str, split: str) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """Global batches of a task, not packed, and which of their rows are no padding."""
-    for batch in read_once(
-      task,
-      split=split,
-      task_feature_lengths=self.steps.lengths(task),
-      converter=self.steps.converter(task, pack=False),
-      shards=input_shards(self._eval_rows(), self.inputs.mesh),
-    ):
+    if (task, split) not in self._batches_read:
+      seqio_name = self._provider(task)
+      from ilm_jax.data.input.reader import Kept, read_once
+
+      self._batches_read[task, split] = Kept(
+        read_once(
+          seqio_name,
+          split=split,
+          task_feature_lengths=self.steps.lengths(task),
+          converter=self.steps.converter(task, pack=False),
+          shards=input_shards(self._eval_rows(), self.inputs.mesh),
+        )
+      )
+    for batch in self._batches_read[task, split]:
       placed = place_batch(without_padding(batch), self.inputs.mesh)
       yield placed, fetch(placed.pop('example_mask'))
+
+  @functools.cached_property
+  def _batches_read(self) -> dict[tuple[str, str], Iterable[dict[str, np.ndarray]]]:
+    return {}
 
   def own_prompts(self) -> tuple[str, ...]:
     """Sources of prompts about this data set, without its name."""
@@ -319,8 +364,8 @@ class ItemLanguagePhase(Phase):
 
   def tasks_of(self, source: str, split: str = 'validation') -> list[str]:
     """The SeqIO tasks of a source that have a split with examples."""
-    provider = seqio.get_mixture_or_task(self._provider(source))
-    tasks = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
+    provider = self.seqio.get_mixture_or_task(self._provider(source))
+    tasks = provider.tasks if isinstance(provider, self.seqio.Mixture) else [provider]
     return [
       task.name
       for task in tasks
@@ -379,7 +424,14 @@ class ItemLanguagePhase(Phase):
       rules=self.inputs.rules,
     )
 
-  def _register(self) -> None:
+  @functools.cached_property
+  def seqio(self) -> Any:
+    """SeqIO, with the tasks of the data set registered. TensorFlow takes seconds to import."""
+    import_tensorflow()
+    import seqio
+
+    from ilm_jax.tasks import recommendation
+
     recommendation.register_recommendation_tasks(
       self.prepared,
       self.vocabulary,
@@ -392,13 +444,14 @@ class ItemLanguagePhase(Phase):
       user_states=self.text.users == 'items',
     )
     recommendation.register_history_task(self.prepared, length=self.text.sequence_length)
+    return seqio
 
   def _check_sources_of_options(self) -> None:
-    known = self.sources()
     for name in ('target_loss', 'weights'):
       value = getattr(self.config, name)
       for source in () if isinstance(value, str) else value:
-        if source not in known:
+        if not self.has_source(source):
+          known = self.sources()
           raise UsageError(
             f'train.losses.{name}: no source {source!r}.{did_you_mean(source, known)} Sources:'
             f' {", ".join(known)}.'
@@ -415,10 +468,15 @@ class ItemLanguagePhase(Phase):
       entity_vectors=boxed_vectors(self.table, self.inputs),
       log_popularity=log_popularity(self.counts),
       user_states=states if self.text.users == 'items' else None,
-      prefix=None if lm is None else jax.jit(self.model.run_prefix)(lm),
+      prefix=None if lm is None else self._run_prefix(lm),
       trie=self.trie if uses_trie else None,
       bias=self.catalogue_bias() if uses_trie else None,
     )
+
+  def _run_prefix(self, lm: Any) -> Cache | None:
+    if self._layers is None:
+      return jax.jit(self.model.run_prefix)(lm)
+    return self.model.run_prefix(lm, self._layers)
 
   def catalogue_bias(self) -> jax.Array:
     """[nodes]: popularity, less what the language model says without a user (if it is frozen)."""
@@ -445,19 +503,19 @@ class ItemLanguagePhase(Phase):
 
   def _provider(self, source: str) -> str:
     own = f'{self.prepared.name}_{source}'
-    names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    names = {*self.seqio.TaskRegistry.names(), *self.seqio.MixtureRegistry.names()}
     return own if own in names else source
 
   def _prompts(self) -> list[str]:
     """All tasks and mixtures of prompts for this language model."""
 
     def fits(name: str) -> bool:
-      features = seqio.get_mixture_or_task(name).output_features
+      features = self.seqio.get_mixture_or_task(name).output_features
       return {'inputs', 'targets', 'entity_ids'} <= set(features) and (
         features['targets'].vocabulary == self.vocabulary
       )
 
-    names = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    names = [*self.seqio.TaskRegistry.names(), *self.seqio.MixtureRegistry.names()]
     return [name for name in names if fits(name)]
 
   def _eval_rows(self) -> int:

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.checkpoints.lm.load import default_compute
-from ilm_jax.config_types import make_dataclass
+from ilm_jax.config.types import make_dataclass
 from ilm_jax.errors import UsageError, did_you_mean
+from ilm_jax.lm.load import default_compute
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.soft_tokens import MlpConfig, SoftTokenConfig
 from ilm_jax.phases.qformer_options import qformer_config
-from ilm_jax.tasks import recommendation
+from ilm_jax.tasks.names import TEMPLATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ItemLanguageData:
     form: how items are written: 'title' or 'id'.
     dataset: the domain's name in prompts; by default the data set's, in capitals.
     prefix: text at the beginning of every prompt. It is run once, and not in every step.
-    neutral_prompt: text behind the prefix that says nothing of a user: what a title is worth by
+    neutral_prompt: text after the prefix that says nothing of a user: what a title is worth by
       itself is measured there, for the catalogue loss and for calibrated scores.
     history_length: items of a history in a prompt, at most.
     sequence_length: items of a history of the source 'item_sequence'.
@@ -61,7 +61,7 @@ class LmOptions:
   """The language model of phase 2.
 
   Attributes:
-    name: of `ilm_jax.checkpoints.lm.load`, or a path.
+    name: of `ilm_jax.lm.load`, or a path.
     tokenizer: a file, where the checkpoint has none.
     trained: whether it is trained too (the paper's text_only and full fine-tuning).
     remat: 'none', 'dots' or 'full': see `ilm_jax.modules.layers.Compute`.
@@ -165,5 +165,5 @@ def soft_token_config(
 
 def template_file(name: str) -> Path:
   """A path, or the name of a file beside the tasks of ilm_jax."""
-  own = recommendation.TEMPLATES.parent / name
+  own = TEMPLATES.parent / name
   return own if not Path(name).exists() and own.exists() else Path(name)

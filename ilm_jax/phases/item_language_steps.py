@@ -4,28 +4,25 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ilm_jax.checkpoints.lm.load import init_params
-from ilm_jax.data.feature_converter import (
-  EntityTextFeatureConverter,
-  ItemEncDecFeatureConverter,
-  ItemLMFeatureConverter,
-)
+from ilm_jax.catalogue.trie import Trie
+from ilm_jax.data.input import model_features
 from ilm_jax.decoding.beam import Beams, beam_search
-from ilm_jax.decoding.trie import Trie
 from ilm_jax.errors import UsageError
-from ilm_jax.flops import matmul_flops
+from ilm_jax.lm.load import init_params
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig, ItemLanguageModel
-from ilm_jax.modules.decoder import Decoder
+from ilm_jax.modules.decoder import Decoder, LayerByLayer
 from ilm_jax.modules.soft_tokens import SoftTokenConfig
 from ilm_jax.modules.t5 import T5
 from ilm_jax.phases.item_language_options import ItemLanguageData, LmOptions
-from ilm_jax.sharding import constrain
+from ilm_jax.runtime.flops import matmul_flops
+from ilm_jax.runtime.sharding import constrain
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 ITEM_SEQUENCE = 'item_sequence'
 _ITEMS = 1 << 16  # of a large catalogue, encoded at once
@@ -58,7 +55,7 @@ class ItemLanguageSteps:
       soft_tokens: item encoder and adaptor; None: text only.
       config, text, lm_options: of the run.
       slot_id, num_items, prefix_tokens: as of ItemLanguageModel.
-      first_token: what every example begins with, behind the prefix.
+      first_token: what every example begins with, after the prefix.
 
     Raises:
       UsageError: the parts do not fit together.
@@ -139,7 +136,7 @@ class ItemLanguageSteps:
   def readout(
     self, params: Any, frozen: Frozen, entity_ids: jax.Array, vectors: jax.Array
   ) -> jax.Array:
-    """Scores of all items [B, I] after histories [B, S], padded behind with -1.
+    """Scores of all items [B, I] after histories [B, S], padded at the end with -1.
 
     Args:
       params, frozen: of the model.
@@ -148,6 +145,19 @@ class ItemLanguageSteps:
     """
     vectors = vectors[: self.model.num_items]
     return self.model.readout_scores(params, frozen, entity_ids, vectors)
+
+  def readout_by_layer(
+    self, layers: LayerByLayer
+  ) -> Callable[[Any, Frozen, jax.Array, jax.Array], jax.Array]:
+    """`readout` for calls outside of jit, where the language model is frozen."""
+    inputs, scores = jax.jit(self.model.history_inputs), jax.jit(self.model.scores_of_states)
+
+    def run(params, frozen, entity_ids, vectors):
+      read = inputs(params, frozen, entity_ids)
+      hidden, _ = layers(frozen.lm, *read, cache=frozen.prefix)
+      return scores(params, frozen, hidden, entity_ids, vectors[: self.model.num_items])
+
+    return run
 
   def beams(
     self,
@@ -166,7 +176,7 @@ class ItemLanguageSteps:
     Args:
       params, frozen: of the model.
       trie, bias, forbidden: of the search.
-      tokens, lengths, entity_ids: [B, T], [B] and [B, E], prompts behind the prefix.
+      tokens, lengths, entity_ids: [B, T], [B] and [B, E], prompts after the prefix.
       size: of the beam.
     """
     inputs, lengths = self.prompt_embeddings(params, frozen, tokens, lengths, entity_ids)
@@ -210,9 +220,13 @@ class ItemLanguageSteps:
 
   def converter(self, source: str, *, pack: bool) -> Any:
     """SeqIO's feature converter of a source."""
+    import_tensorflow()
+    from ilm_jax.data.input import feature_converter
+
     if source == ITEM_SEQUENCE:
-      return EntityTextFeatureConverter(apply_length_check=False)
-    kind = ItemEncDecFeatureConverter if self.model.has_encoder else ItemLMFeatureConverter
+      return feature_converter.EntityTextFeatureConverter(apply_length_check=False)
+    of_lm = feature_converter.ItemLMFeatureConverter
+    kind = feature_converter.ItemEncDecFeatureConverter if self.model.has_encoder else of_lm
     return kind(
       slot_id=self.model.slot_id,
       num_soft_tokens=self.model.num_soft_tokens,
@@ -223,8 +237,16 @@ class ItemLanguageSteps:
 
   def batch_shapes(self, source: str, rows: int, *, pack: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of a batch of a source; all arrays are int32."""
-    converter = self.converter(source, pack=pack)
-    lengths = converter.get_model_feature_lengths(self.lengths(source))
+    given = self.lengths(source)
+    if source == ITEM_SEQUENCE:
+      lengths = model_features.entity_text_lengths(given)
+    elif self.model.has_encoder:
+      packed = model_features.ENC_DEC_PACKED if pack else ()
+      features = (*model_features.ENC_DEC_FEATURES, *packed)
+      lengths = model_features.enc_dec_lengths(features, given)
+    else:
+      packed = model_features.LM_PACKED if pack else ()
+      lengths = model_features.lm_lengths((*model_features.LM_FEATURES, *packed), given)
     return {name: (rows, length) for name, length in lengths.items()}
 
   # ---- inside

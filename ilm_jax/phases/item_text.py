@@ -3,18 +3,17 @@
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from ilm_jax.checkpoints import bert
-from ilm_jax.config_types import make_dataclass
-from ilm_jax.data import vocabularies
-from ilm_jax.data.histories import UserHistories
-from ilm_jax.data.prepared import load_prepared
-from ilm_jax.data.reader import BatchReader, read_once
+from ilm_jax.config.types import make_dataclass
+from ilm_jax.data.prepared_records import load_prepared
+from ilm_jax.data.text import vocabularies
+from ilm_jax.data.text.entity_text import check_form
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.metrics.retrieval import Retrieval, retrieval_from_features
 from ilm_jax.models.item_text import (
@@ -25,19 +24,21 @@ from ilm_jax.models.item_text import (
   ItemTextConfig,
   SpecialTokens,
 )
+from ilm_jax.modules.histories import UserHistories
 from ilm_jax.modules.qformer import HOW_IT_RUNS
 from ilm_jax.phases.item_text_steps import ItemTextSteps, encoder_config
 from ilm_jax.phases.phase import (
   HostBatch,
   InputOptions,
   Phase,
+  Reader,
   boxed_vectors,
   input_shards,
   load_table,
   open_reader,
 )
-from ilm_jax.sharding import fetch, place_batch
-from ilm_jax.tasks.recommendation import register_item_language_tasks
+from ilm_jax.runtime.sharding import fetch, place_batch
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ItemTextPhase(Phase):
     losses: Mapping[str, Any],
     text: Mapping[str, Any],
   ):
-    """Loads the data and registers its SeqIO tasks.
+    """Loads the data; its SeqIO tasks are registered when one is read.
 
     Args:
       inputs: data set, entity table, batch sizes.
@@ -114,25 +115,20 @@ class ItemTextPhase(Phase):
       max_text_tokens=self._text.max_text_tokens,
     )
     self.model = self.steps.model
-    register_item_language_tasks(
-      self.prepared,
-      self._vocabulary,
-      item_text=self._text.item_text,
-      max_text_tokens=self._text.max_text_tokens,
-    )
+    check_form(self._text.item_text, self.prepared)
     use_histories = self._config.false_negatives == 'history'
     self.frozen = Frozen(
       boxed_vectors(self.table, inputs),
-      UserHistories.of(self.prepared) if use_histories else None,
+      UserHistories.of(self.prepared.offsets, self.prepared.items) if use_histories else None,
     )
     self.identity = self._identity()
 
   def sources(self) -> tuple[str, ...]:
     return (ITEM_TEXT, ITEM_ITEM, USER_ITEM)
 
-  def reader(self, source: str, start_step: int, position: np.ndarray | None) -> BatchReader:
+  def reader(self, source: str, start_step: int, position: np.ndarray | None) -> Reader:
     return open_reader(
-      f'{self.prepared.name}_{source}',
+      self._task(source),
       self._inputs,
       source,
       lengths=self.steps.lengths(source),
@@ -240,16 +236,45 @@ class ItemTextPhase(Phase):
     self, source: str, split: str
   ) -> Iterator[tuple[dict[str, jax.Array], np.ndarray]]:
     """Global batches, and which of their rows are no padding."""
-    rows = self._text.eval_batch_size or max(self._inputs.batch_size.values())
-    for batch in read_once(
-      f'{self.prepared.name}_{source}',
-      split=split,
-      task_feature_lengths=self.steps.lengths(source),
-      converter=self.steps.converter(),
-      shards=input_shards(rows, self._inputs.mesh),
-    ):
+    if (source, split) not in self._batches_read:
+      task = self._task(source)
+      from ilm_jax.data.input.reader import Kept, read_once
+
+      rows = self._text.eval_batch_size or max(self._inputs.batch_size.values())
+      self._batches_read[source, split] = Kept(
+        read_once(
+          task,
+          split=split,
+          task_feature_lengths=self.steps.lengths(source),
+          converter=self.steps.converter(),
+          shards=input_shards(rows, self._inputs.mesh),
+        )
+      )
+    for batch in self._batches_read[source, split]:
       placed = place_batch(batch, self._inputs.mesh)
       yield placed, fetch(placed.pop('example_mask'))
+
+  @functools.cached_property
+  def _batches_read(self) -> dict[tuple[str, str], Iterable[dict[str, np.ndarray]]]:
+    return {}
+
+  def _task(self, source: str) -> str:
+    """The SeqIO task of a source."""
+    return f'{self._registered}_{source}'
+
+  @functools.cached_property
+  def _registered(self) -> str:
+    """The data set whose SeqIO tasks are registered. It imports TensorFlow, which takes seconds."""
+    import_tensorflow()
+    from ilm_jax.tasks.recommendation import register_item_language_tasks
+
+    register_item_language_tasks(
+      self.prepared,
+      self._vocabulary,
+      item_text=self._text.item_text,
+      max_text_tokens=self._text.max_text_tokens,
+    )
+    return self.prepared.name
 
   def _identity(self) -> dict[str, Any]:
     encoder = dataclasses.asdict(self._encoder)

@@ -11,18 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.data.feature_converter import EntityTextFeatureConverter
-from ilm_jax.flops import matmul_flops
+from ilm_jax.data.input.model_features import entity_text_lengths
 from ilm_jax.models import losses
-from ilm_jax.models.item_text import (
-  ITEM_TEXT,
-  Frozen,
-  ItemTextConfig,
-  ItemTextModel,
-  SpecialTokens,
-)
+from ilm_jax.models.item_text import ITEM_TEXT, Frozen, ItemTextConfig, ItemTextModel, SpecialTokens
 from ilm_jax.modules.qformer import QFormerConfig
 from ilm_jax.phases.qformer_options import qformer_config
+from ilm_jax.runtime.flops import matmul_flops
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 # The word embedding is cut over devices, so its rows are a multiple of this.
 _VOCAB_MULTIPLE = 64
@@ -113,13 +108,16 @@ class ItemTextSteps:
       return {'targets': self._max_text_tokens, 'entity_ids': 1}
     return {'targets': 0, 'entity_ids': 3}
 
-  def converter(self) -> EntityTextFeatureConverter:
+  def converter(self) -> Any:
     """SeqIO's feature converter of all sources."""
+    import_tensorflow()
+    from ilm_jax.data.input.feature_converter import EntityTextFeatureConverter
+
     return EntityTextFeatureConverter(apply_length_check=False)
 
   def batch_shapes(self, source: str, rows: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a batch of a source; all arrays are int32."""
-    lengths = self.converter().get_model_feature_lengths(self.lengths(source))
+    lengths = entity_text_lengths(self.lengths(source))
     return {name: (rows, length) for name, length in lengths.items()}
 
 
@@ -131,7 +129,7 @@ def encoder_config(
   Args:
     options, platform: of `qformer_config`.
     d_cf: width of the entity table.
-    vocab_size: of the vocabulary; [DEC] comes behind it.
+    vocab_size: of the vocabulary; [DEC] comes after it.
   """
   rows = -(-(vocab_size + 1) // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
   return qformer_config(options, platform, d_encoder=d_cf, vocab_size=rows)

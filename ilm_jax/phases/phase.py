@@ -1,27 +1,26 @@
 """What the train loop asks of a phase."""
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import numpy as np
-import seqio
 from jax.experimental import multihost_utils
 
 from ilm_jax.cf.entity_table import EntityTable
 from ilm_jax.data.prepared import PreparedData, read_metadata
-from ilm_jax.data.reader import BatchReader, InputShards
 from ilm_jax.errors import UsageError, did_you_mean
-from ilm_jax.sharding import MESH_AXES, Rules, pad_rows
+from ilm_jax.runtime.sharding import MESH_AXES, Rules, pad_rows
+from ilm_jax.runtime.tensorflow import import_tensorflow
 
 HostBatch = Mapping[str, np.ndarray]
 
 
 class Reader(Protocol):
-  """This host's rows of the global batches, in order (ilm_jax.data.reader.BatchReader)."""
+  """This host's rows of the global batches, in order (ilm_jax.data.input.reader.BatchReader)."""
 
   def __next__(self) -> dict[str, np.ndarray]: ...
 
@@ -73,6 +72,10 @@ class Phase(abc.ABC):
   def sources(self) -> tuple[str, ...]:
     """Names of the batch sources that a schedule may name."""
 
+  def has_source(self, name: str) -> bool:
+    """Whether `name` is among them; a phase may know without asking SeqIO for all."""
+    return name in self.sources()
+
   @abc.abstractmethod
   def reader(self, source: str, start_step: int, position: np.ndarray | None) -> Reader:
     """Opens a source after `start_step` batches of it were taken.
@@ -115,16 +118,37 @@ class Phase(abc.ABC):
     """Metrics on the validation data, by name."""
 
 
-def check_sources(schedule: tuple[str, ...], sources: tuple[str, ...]) -> None:
+def check_sources(schedule: tuple[str, ...], phase: Phase) -> None:
   """Raises UsageError where the schedule names a source that the phase does not have."""
   if not schedule:
-    raise UsageError(f'schedule is empty; sources: {", ".join(sources)}.')
+    raise UsageError(f'schedule is empty; sources: {", ".join(phase.sources())}.')
   for source in schedule:
-    if source not in sources:
+    if not phase.has_source(source):
+      sources = phase.sources()
       raise UsageError(
         f'schedule={list(schedule)}: no source {source!r}.{did_you_mean(source, sources)} Sources:'
         f' {", ".join(sources)}.'
       )
+
+
+def batch_sizes(
+  batch_size: int | dict[str, int], schedule: Sequence[str], parts: int
+) -> dict[str, int]:
+  """Rows of a global batch of each source of the schedule."""
+  if isinstance(batch_size, int):
+    batch_size = dict.fromkeys(schedule, batch_size)
+  for source in schedule:
+    if source not in batch_size:
+      raise UsageError(
+        f'train.batch_size={batch_size} has no entry for {source!r}, which the schedule names.'
+        f'{did_you_mean(source, batch_size)} One number is for all sources.'
+      )
+    if batch_size[source] < 1 or batch_size[source] % parts:
+      raise UsageError(
+        f'train.batch_size={batch_size[source]} ({source}) cannot be taken in'
+        f' accumulate_steps={parts} equal parts: use a multiple of {parts}.'
+      )
+  return {source: batch_size[source] for source in dict.fromkeys(schedule)}
 
 
 def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
@@ -157,10 +181,13 @@ def check_input_shards(asked: int | None, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def input_shards(
-  batch_size: int, mesh: jax.sharding.Mesh, num_shards: int | None = None
-) -> InputShards:
-  """This process's part of global batches; `num_shards` is by default the number of parts."""
+def input_shards(batch_size: int, mesh: jax.sharding.Mesh, num_shards: int | None = None) -> Any:
+  """This process's part of global batches, `ilm_jax.data.input.reader.InputShards`.
+
+  `num_shards` is by default the number of parts.
+  """
+  from ilm_jax.data.input.reader import InputShards
+
   index, parts = batch_part(mesh)
   return InputShards(batch_size, num_shards or parts, index, parts)
 
@@ -171,10 +198,10 @@ def open_reader(
   source: str,
   *,
   lengths: Mapping[str, int],
-  converter: seqio.FeatureConverter,
+  converter: Any,
   start_step: int,
   position: np.ndarray | None,
-) -> BatchReader:
+) -> Reader:
   """This process's rows of the training batches of a SeqIO task or mixture.
 
   What a batch holds is the same however many processes read it. Of packed batches that is so for
@@ -191,6 +218,9 @@ def open_reader(
   Raises:
     UsageError: the shards cannot be dealt to the processes, or are others than the run's.
   """
+  import_tensorflow()
+  from ilm_jax.data.input.reader import BatchReader
+
   shards = input_shards(inputs.batch_size[source], inputs.mesh)
   if converter.pack:
     began, asked = None if position is None else len(position), inputs.input_shards

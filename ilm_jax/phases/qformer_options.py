@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ilm_jax.config_types import make_dataclass
+from ilm_jax.config.types import make_dataclass
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.modules.precision import multiplies_bfloat16
 from ilm_jax.modules.qformer import SIZES, QFormerConfig

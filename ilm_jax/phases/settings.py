@@ -9,7 +9,7 @@ import jax
 
 from ilm_jax.errors import UsageError, did_you_mean
 from ilm_jax.phases.phase import InputOptions, Phase
-from ilm_jax.sharding import Rules
+from ilm_jax.runtime.sharding import Rules
 
 SETTINGS_FILE = 'phase.json'
 MODELS = ('item_text', 'item_language')

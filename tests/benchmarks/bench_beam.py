@@ -8,51 +8,41 @@ without a trained adaptor, so that ours is `beam_search` as Recommender.beams ca
 padded as there.
 
 The peer allows at each step what a trie of the titles allows (prefix_allowed_tokens_fn, as OpenP5
-does), for eight users at once. Where our probabilities are over the catalogue, the library's
+does), for several users at once. Where our probabilities are over the catalogue, the library's
 default, its are too (renormalize_logits). As it is, generate reads a prompt once for each beam; it
 is also measured from a cache of the prompt that was read once.
 
 In float32, the same is done for a few users before: both must say the same.
 """
 
+import functools
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import ml100k
 import numpy as np
-from paired import Measured, Run, Side, compare
+from paired import Measured, Run, Side, Workers
 from table import Row, timed
 
 BEAMS = 10
 Normalise: TypeAlias = Literal['catalogue', 'vocabulary']  # what probabilities are over
-# Of a round: the peer takes minutes for all of them.
-USERS = {'ours': ml100k.USERS, 'peer': 16, 'peer, shared': 16}
+# Of a round: as many as are searched for at once, seconds of work.
+USERS = {'ours': 16, 'peer': 4, 'peer, shared': 8}
 _PEERS = {'peer': 'as it is', 'peer, shared': 'from a cache of the prompt'}
 CHECKED = 4
 TOLERANCE = 1e-3  # of log-probabilities, in float32
-OUR_ROWS, OUR_LENGTHS = 16, 32  # as in ilm_jax.recommender
-_PEER_ROWS = 8
+OUR_ROWS, OUR_LENGTHS = 16, 32  # as in ilm_jax.serving.recommender
 
 
 def ours(file: str, users: int, normalise: Normalise, dtype: str, output: str) -> Run:
   import jax
 
-  from ilm_jax.checkpoints.lm.load import load_lm
-  from ilm_jax.decoding.beam import beam_search
-  from ilm_jax.decoding.trie import build_trie
+  from ilm_jax.catalogue.trie import build_trie
 
-  lm: Any = load_lm(ml100k.LM, compute=our_compute(dtype))
+  lm, search = our_lm(dtype), _our_search(normalise, dtype)
   prompts, titles = ml100k.read_prompts(file)
   trie = build_trie(titles, titles[0][-1])
-
-  @jax.jit
-  def search(params, trie, tokens, lengths):
-    embeddings = lm.module.apply({'params': params}, tokens, method='embed_tokens')
-    return beam_search(
-      lm.module, params, trie, embeddings, lengths, beam_size=BEAMS, normalise=normalise
-    )
-
   batches = our_batches(prompts[:users])
 
   def run() -> dict[str, float]:
@@ -67,11 +57,32 @@ def ours(file: str, users: int, normalise: Normalise, dtype: str, output: str) -
   return run
 
 
-def our_compute(dtype: str) -> Any:
-  """Of `load_lm`: float32, or what it does by itself, which is the machine's best precision."""
+@functools.lru_cache(maxsize=1)
+def our_lm(dtype: str) -> Any:
+  """In float32, or as it is loaded by itself, in the machine's best precision."""
+  from ilm_jax.lm.load import load_lm
   from ilm_jax.modules.layers import Compute
 
-  return Compute(scan_layers=False) if dtype == 'float32' else None
+  return load_lm(ml100k.LM, compute=Compute(scan_layers=False) if dtype == 'float32' else None)
+
+
+@functools.lru_cache(maxsize=1)
+def _our_search(normalise: Normalise, dtype: str) -> Any:
+  """The program that is checked is the one that is measured."""
+  import jax
+
+  from ilm_jax.decoding.beam import beam_search
+
+  module = our_lm(dtype).module
+
+  @jax.jit
+  def search(params, trie, tokens, lengths):
+    embeddings = module.apply({'params': params}, tokens, method='embed_tokens')
+    return beam_search(
+      module, params, trie, embeddings, lengths, beam_size=BEAMS, normalise=normalise
+    )
+
+  return search
 
 
 def our_batches(prompts: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -96,7 +107,7 @@ def peer(
   scores: bool = False,
   share: bool = False,
 ) -> Run:
-  """Searches as transformers does.
+  """Searches as transformers does, for all users at once.
 
   Args:
     scores: whether log-probabilities are returned, for which generate keeps those of each step.
@@ -150,11 +161,7 @@ def peer(
     return np.reshape(items, (-1, BEAMS)), np.reshape(log_probs, (-1, BEAMS))
 
   def run() -> dict[str, float]:
-    found = [
-      search(prompts[start : min(start + _PEER_ROWS, users)])
-      for start in range(0, users, _PEER_ROWS)
-    ]
-    items, log_probs = (np.concatenate(parts) for parts in zip(*found))
+    items, log_probs = search(prompts[:users])
     np.savez(output, items=items, log_probs=log_probs)
     return {'users': users}
 
@@ -171,26 +178,29 @@ def for_each_user(found: Mapping[str, Measured], users: Mapping[str, int]) -> di
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
   best = [*peaks][-1]
-  with tempfile.TemporaryDirectory() as directory:
+  with tempfile.TemporaryDirectory() as directory, Workers() as workers:
     file = ml100k.arrays()
     titles = ml100k.read_prompts(str(file)).titles
 
     def measured(normalise: Normalise, check: bool, rounds: int) -> dict[str, Measured]:
       sides = {}
+      dtype = 'float32' if check else best
+      warm = best == 'float32' and not check  # by the check
       for name, users in USERS.items():
-        options: dict[str, Any] = {'file': str(file), 'normalise': normalise}
-        options['dtype'] = 'float32' if check else best
-        options |= {'users': CHECKED if check else users, 'output': f'{directory}/{name}.npz'}
+        options: dict[str, Any] = {'file': str(file), 'normalise': normalise, 'dtype': dtype}
+        options |= {'users': users, 'output': f'{directory}/{name}.npz'}
         if name != 'ours':
           options |= {'share': name == 'peer, shared', 'scores': check}
-        sides[name] = Side(__file__, 'ours' if name == 'ours' else 'peer', options)
-      return compare(sides, rounds, warm_ups=1)  # a minute each
+          options |= {'users': CHECKED} if check else {}
+        function = 'ours' if name == 'ours' else 'peer'
+        sides[name] = Side(__file__, function, options, warm_ups=0 if warm else 1)
+      return workers.compare(sides, rounds)
 
     def agreement(peer: str) -> '_Agreement':
       return _Agreement.of(titles, *(np.load(f'{directory}/{name}.npz') for name in ('ours', peer)))
 
     for normalise in get_args(Normalise):
-      measured(normalise, check=True, rounds=1)
+      measured(normalise, check=True, rounds=0)
       exact = {peer: agreement(peer) for peer in _PEERS}
       for found in exact.values():
         # Beams that have ended keep their places in ours, and are put aside in the peer's search,
@@ -198,7 +208,7 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
         assert found.first == 1, exact
         assert found.same > 0.9, exact
         assert found.difference < TOLERANCE, exact
-      sides = for_each_user(measured(normalise, check=False, rounds=min(rounds, 3)), USERS)
+      sides = for_each_user(measured(normalise, check=False, rounds=rounds), USERS)
       for peer, how in _PEERS.items():
         rounded = agreement(peer)
         assert rounded.same > 0.8, rounded

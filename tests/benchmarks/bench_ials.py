@@ -13,10 +13,10 @@ from pathlib import Path
 
 import ml100k
 import numpy as np
-from paired import Run, Side, compare
+from paired import Run, Side, Workers
 from table import Row, timed
 
-USERS, ITEMS, INTERACTIONS = 100_000, 20_000, 10_000_000  # synthetic
+USERS, ITEMS, INTERACTIONS = 20_000, 20_000, 2_000_000  # synthetic
 _FACTORS, _REGULARIZATION, _ALPHA = 32, 5.0, 4.0  # our defaults, which are not implicit's
 ITERATIONS = 15  # ours and implicit's
 _COMPARED = 1 << 16  # interactions whose scores are compared
@@ -73,16 +73,16 @@ def peer(file: str, iterations: int) -> Run:
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
   del peaks
-  with tempfile.TemporaryDirectory() as directory:
+  with tempfile.TemporaryDirectory() as directory, Workers() as workers:
     synthetic = Path(directory) / 'synthetic.npz'
     _write_synthetic(synthetic)
-    for name, file, most in (
-      ('MovieLens-100K, 97,401 interactions', ml100k.arrays(), rounds),
-      (f'{INTERACTIONS:,} interactions, {USERS:,} users, {ITEMS:,} items', synthetic, 3),
+    for name, file in (
+      ('MovieLens-100K, 97,401 interactions', ml100k.arrays()),
+      (f'{INTERACTIONS:,} interactions, {USERS:,} users, {ITEMS:,} items', synthetic),
     ):
       options = {'file': str(file), 'iterations': ITERATIONS}
-      found = compare(
-        {side: Side(__file__, side, options) for side in ('ours', 'peer')}, min(rounds, most)
+      found = workers.compare(
+        {side: Side(__file__, side, options) for side in ('ours', 'peer')}, rounds
       )
       scores = [side.numbers['score'] for side in found.values()]
       assert math.isclose(*scores, rel_tol=1e-4), scores

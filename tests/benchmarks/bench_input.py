@@ -33,10 +33,10 @@ _DATASET = 'ML100K'
 
 
 def ours(data: str, mixture: str, templates: str | None, pack: bool, soft_tokens: int) -> Run:
-  from ilm_jax.checkpoints.lm.load import load_lm
-  from ilm_jax.data.feature_converter import ItemLMFeatureConverter
-  from ilm_jax.data.prepared import load_prepared
-  from ilm_jax.data.reader import BatchReader, InputShards
+  from ilm_jax.data.input.feature_converter import ItemLMFeatureConverter
+  from ilm_jax.data.input.reader import BatchReader, InputShards
+  from ilm_jax.data.prepared_records import load_prepared
+  from ilm_jax.lm.load import load_lm
   from ilm_jax.tasks import recommendation
 
   vocabulary = load_lm(ml100k.LM).vocabulary
@@ -162,7 +162,7 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
     found = compare(sides, rounds)
     name = f'input of phase 2: prompts of ML-100K, ids as text, rows of {BATCH}, padded'
     if openp5:
-      # Ours has EOS behind a target and begins with BOS, which SmolLM2's tokenizer adds to neither.
+      # Ours has EOS after a target and begins with BOS, which SmolLM2's tokenizer adds to neither.
       tokens = [side.numbers['tokens'] for side in found.values()]
       assert abs(tokens[0] - tokens[1]) < 3, tokens
       note = f'against OpenP5; {tokens[0]:.0f} and {tokens[1]:.0f} tokens an example'

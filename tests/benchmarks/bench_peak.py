@@ -48,8 +48,8 @@ def rows(rounds: int) -> Iterator[tuple[str, Row]]:
   for dtype in ('float32', 'bfloat16') if multiplies_bfloat16('cpu') else ('float32',):
     found = compare(
       {
-        'ours': Side(__file__, 'xla', {'dtype': dtype}),
-        'peer': Side(__file__, 'torch', {'dtype': dtype}),
+        'ours': Side(__file__, 'xla', {'dtype': dtype}, 2),
+        'peer': Side(__file__, 'torch', {'dtype': dtype}, 2),
       },
       rounds,
     )

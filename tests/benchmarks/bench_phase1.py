@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paired import Run
+from paired import Run, Workers
 from table import Row, timed
 from training_sides import (
   WEIGHTS,
@@ -30,32 +30,37 @@ from training_sides import (
   qformer_state,
   tensor,
   ways_of_torch,
-  with_best_peer,
+  with_peer,
 )
 
 SIZES = {'minilm': '6 x 384', 'bert8': '8 x 768'}
 GOALS = {'float32': 1.5, 'bfloat16': 1.1}
 # Relative, of losses and of the norm of the gradient.
 TOLERANCES = {'float32': (1e-5, 5e-4), 'bfloat16': (1e-2, 2e-2)}
-BATCH, TEXT, QUERIES, D_CF = 64, 32, 8, 64
+BATCHES = {'minilm': 32, 'bert8': 16}
+TEXT, QUERIES, D_CF = 32, 8, 64
 ITEMS, USERS = 1349, 943  # of MovieLens-100K
-WORDS, CLS, SEP = 30_522, 101, 102  # of BERT; [DEC] comes behind its words
+WORDS, CLS, SEP = 30_522, 101, 102  # of BERT; [DEC] comes after its words
 ITEM_TEXT, USER_ITEM = 'item_text', 'user_item'
 
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
+  with Workers() as workers:
+    yield from _rows(workers, rounds, peaks)
+
+
+def _rows(workers: Workers, rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
   for size, shape in SIZES.items():
+    batch = BATCHES[size]
     for dtype in peaks:
       with tempfile.TemporaryDirectory() as directory:
-        options = {'directory': directory, 'size': size, 'dtype': dtype}
-        # Its steps take so long that a few tell enough, of the way that needs no compiler.
-        turns, ways = rounds, ways_of_torch()
-        if size == 'bert8':
-          turns, ways = min(rounds, 3), {'eager': ways['eager']}
-        found = compare_checked(__file__, options, ways, turns, *TOLERANCES[dtype])
-      pair, note = with_best_peer(found, ways)
+        options = {'directory': directory, 'size': size, 'batch': batch, 'dtype': dtype}
+        # Of the large one a call takes so long that only the way without a compiler is measured.
+        ways = ways_of_torch() if size == 'minilm' else {'eager': {'compiled': False}}
+        found = compare_checked(workers, __file__, options, ways, rounds, *TOLERANCES[dtype])
+      pair, note = with_peer(found, ways)
       yield timed(
-        f'phase 1, item-text and user-item step, Q-Former {shape}, K {QUERIES}, batch {BATCH}, text'
+        f'phase 1, item-text and user-item step, Q-Former {shape}, K {QUERIES}, batch {batch}, text'
         f' {TEXT}, {dtype}: torch, transformers',
         pair,
         goal=GOALS[dtype],
@@ -64,15 +69,15 @@ def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
       )
 
 
-def make_data() -> dict[str, np.ndarray]:
+def make_data(batch: int) -> dict[str, np.ndarray]:
   """Entities, histories and the two batches: the same whoever calls it."""
   rng = np.random.default_rng(0)
   vectors = rng.standard_normal([ITEMS + USERS, D_CF], np.float32)
   histories = [rng.choice(ITEMS, n, replace=False) for n in rng.integers(20, 190, USERS)]
-  lengths = rng.integers(TEXT // 2, TEXT + 1, BATCH)
+  lengths = rng.integers(TEXT // 2, TEXT + 1, batch)
   lengths[0] = TEXT
   text_mask = np.arange(TEXT) < lengths[:, None]
-  users = rng.choice(USERS, BATCH)
+  users = rng.choice(USERS, batch)
   right = np.array([rng.choice(histories[user]) for user in users])
   seen = np.array([np.isin(right, histories[user]) for user in users])
   same = (users[:, None] == users) | (right[:, None] == right)
@@ -80,17 +85,17 @@ def make_data() -> dict[str, np.ndarray]:
     'vectors': vectors / np.sqrt(np.square(vectors).mean(axis=1, keepdims=True)),
     'offsets': np.cumsum([0, *map(len, histories)]).astype(np.int32),
     'history_items': np.concatenate([np.sort(items) for items in histories]).astype(np.int32),
-    'items': rng.choice(ITEMS, BATCH, replace=False).astype(np.int32),
-    'text_tokens': np.where(text_mask, rng.integers(1000, WORDS, [BATCH, TEXT]), 0),
+    'items': rng.choice(ITEMS, batch, replace=False).astype(np.int32),
+    'text_tokens': np.where(text_mask, rng.integers(1000, WORDS, [batch, TEXT]), 0),
     'text_mask': text_mask.astype(np.int32),
     'users': (users + ITEMS).astype(np.int32),
     'right': right.astype(np.int32),
-    'false_negatives': (seen | same) & ~np.eye(BATCH, dtype=bool),
+    'false_negatives': (seen | same) & ~np.eye(batch, dtype=bool),
   }
 
 
 def with_special_tokens(data: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """[CLS] text [SEP] and its mask, [BATCH, TEXT + 2] each."""
+  """[CLS] text [SEP] and its mask, [batch, TEXT + 2] each."""
   places = np.arange(TEXT + 2)
   ends = data['text_mask'].sum(axis=1, keepdims=True) + 1
   tokens = np.pad(data['text_tokens'], ((0, 0), (1, 1)), constant_values=((0, 0), (CLS, 0)))
@@ -98,19 +103,21 @@ def with_special_tokens(data: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.
   return tokens.astype(np.int32), (places <= ends).astype(np.int32)
 
 
-def ours(directory: str, size: str, dtype: str) -> Run:
-  from ilm_jax.quiet import import_tensorflow
+def ours(directory: str, size: str, batch: int, dtype: str) -> Run:
+  from ilm_jax.runtime.tensorflow import import_tensorflow
 
   import_tensorflow()
   import jax
   import jax.numpy as jnp
   import optax
 
-  from ilm_jax import config, sharding, train
-  from ilm_jax.data.histories import UserHistories
+  from ilm_jax import train
+  from ilm_jax.config import reader as config
   from ilm_jax.models import losses
   from ilm_jax.models.item_text import Frozen, ItemTextConfig, SpecialTokens
+  from ilm_jax.modules.histories import UserHistories
   from ilm_jax.phases.item_text_steps import ItemTextSteps, encoder_config
+  from ilm_jax.runtime import sharding
 
   job = config.parse(train.train, ['jobs/phase1_ml100k.gin'], ['MODEL_DIR=unused']).arguments
   encoder = {name: x for name, x in job['item_encoder'].items() if name != 'init_from'}
@@ -125,7 +132,7 @@ def ours(directory: str, size: str, dtype: str) -> Run:
       max_text_tokens=TEXT,
     )
 
-  steps, data, key = make_steps(), make_data(), jax.random.key(0)
+  steps, data, key = make_steps(), make_data(batch), jax.random.key(0)
   mesh, rules, state, train_step = begin(job, steps, Path(directory))
   longest = int(np.diff(data['offsets']).max())
   offsets, history_items = (jnp.asarray(data[name]) for name in ('offsets', 'history_items'))
@@ -138,20 +145,20 @@ def ours(directory: str, size: str, dtype: str) -> Run:
       'entity_ids': data['items'][:, None],
     },
     USER_ITEM: {
-      'text_tokens': np.zeros([BATCH, 0], np.int32),
-      'text_mask': np.zeros([BATCH, 0], np.int32),
+      'text_tokens': np.zeros([batch, 0], np.int32),
+      'text_mask': np.zeros([batch, 0], np.int32),
       'entity_ids': np.stack([data['users'], data['right'], data['users']], axis=1),
     },
   }
-  for source, batch in batches.items():
-    assert {name: x.shape for name, x in batch.items()} == steps.batch_shapes(source, BATCH)
+  for source, rows in batches.items():
+    assert {name: x.shape for name, x in rows.items()} == steps.batch_shapes(source, batch)
 
   def fixed_losses(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     no_draw = make_steps(itm_weight=0.0).model
 
     def metrics_of(source: str) -> dict[str, jax.Array]:
-      batch = {name: jnp.asarray(x) for name, x in batches[source].items()}
-      return no_draw.loss(params, frozen, batch, key, source=source, deterministic=True)[1]
+      rows = {name: jnp.asarray(x) for name, x in batches[source].items()}
+      return no_draw.loss(params, frozen, rows, key, source=source, deterministic=True)[1]
 
     tokens, mask = (jnp.asarray(np.tile(x, (2, 1))) for x in with_special_tokens(data))
     items = np.concatenate([data['items'], np.roll(data['items'], 1)])
@@ -159,9 +166,9 @@ def ours(directory: str, size: str, dtype: str) -> Run:
     logits: Any = no_draw.module.apply(
       {'params': params}, vectors, tokens, mask, method='match_logits', deterministic=True
     )
-    matches = jnp.arange(2 * BATCH) < BATCH
+    matches = jnp.arange(2 * batch) < batch
     found = {
-      'itm': losses.matching(logits, matches, jnp.ones(2 * BATCH))[0],
+      'itm': losses.matching(logits, matches, jnp.ones(2 * batch))[0],
       'itc': metrics_of(ITEM_TEXT)['itc/loss'],
       'itg': metrics_of(ITEM_TEXT)['itg/loss'],
       'ui': metrics_of(USER_ITEM)['ui/loss'],
@@ -178,15 +185,15 @@ def ours(directory: str, size: str, dtype: str) -> Run:
   same = {f'same/{name}': float(value) for name, value in found.items()}
   same['same/gradient_norm'] = float(norm)
   same['same/number_of_parameters'] = sum(x.size for x in jax.tree.leaves(state.params))
-  flops = sum(steps.flops(state.params, frozen, batch, name) for name, batch in batches.items())
+  flops = sum(steps.flops(state.params, frozen, rows, name) for name, rows in batches.items())
 
   def run() -> dict[str, float]:
     nonlocal state
     metrics = {}
     with sharding.use_mesh(mesh, rules):
       for source, rows in batches.items():
-        batch = sharding.place_batch(rows, mesh)
-        state, metrics[source] = train_step(state, frozen, batch, key, source=source)
+        placed = sharding.place_batch(rows, mesh)
+        state, metrics[source] = train_step(state, frozen, placed, key, source=source)
     jax.block_until_ready(state)
     found = {f'loss/{source}': float(each['loss']) for source, each in metrics.items()}
     return {**same, **finite(found), 'flops': flops}
@@ -194,7 +201,7 @@ def ours(directory: str, size: str, dtype: str) -> Run:
   return run
 
 
-def peer(directory: str, size: str, dtype: str, compiled: bool) -> Run:
+def peer(directory: str, size: str, batch: int, dtype: str, compiled: bool) -> Run:
   import torch
   from torch import nn
   from torch.nn import functional
@@ -216,10 +223,11 @@ def peer(directory: str, size: str, dtype: str, compiled: bool) -> Run:
     hidden_dropout_prob=0.1,
     attention_probs_dropout_prob=0.1,
   )
-  data = {name: torch.from_numpy(x) for name, x in make_data().items()}
-  tokens, mask = (torch.from_numpy(x).long() for x in with_special_tokens(make_data()))
+  made = make_data(batch)
+  data = {name: torch.from_numpy(x) for name, x in made.items()}
+  tokens, mask = (torch.from_numpy(x).long() for x in with_special_tokens(made))
   vectors, users, right = data['vectors'], data['users'], data['right']
-  diagonal = torch.arange(BATCH)
+  diagonal = torch.arange(batch)
 
   class ItemText(nn.Module):
     def __init__(self):
@@ -324,7 +332,7 @@ def peer(directory: str, size: str, dtype: str, compiled: bool) -> Run:
   model.eval()
   with precision:
     pairs = torch.cat([items, items.roll(1)]), tokens.repeat(2, 1), mask.repeat(2, 1)
-    matches = torch.arange(2 * BATCH).lt(BATCH).long()
+    matches = torch.arange(2 * batch).lt(batch).long()
     fixed = {
       'itm': model.match_loss(*pairs, matches),
       'itc': contrast(model.contrast_scores(items, tokens, mask)),
@@ -354,9 +362,9 @@ def peer(directory: str, size: str, dtype: str, compiled: bool) -> Run:
 
   def run() -> dict[str, float]:
     found = {}
-    for source, batch in batches.items():
+    for source, arguments in batches.items():
       with precision:
-        loss = losses[source](*batch)
+        loss = losses[source](*arguments)
       update(loss)
       found[f'loss/{source}'] = float(loss.detach())
     return {**same, **finite(found)}

@@ -6,7 +6,7 @@ Prompts with the soft tokens of 20 items, the loss on the target's tokens alone;
 an item encoder (a Q-Former of MiniLM's size) and an adaptor. Ours is the step that `ilm train` runs
 of jobs/phase2_ml100k.gin with 4 soft tokens an item, the vocabulary loss and no readout. That job
 packs prompts into rows of 384 tokens. Here every prompt is as long as any other, 128 tokens, and
-has a row of its own on both sides: as many prompts as four packed rows hold.
+has a row of its own on both sides: as many prompts as two packed rows hold.
 
 The peer is asked for the logits of targets only, which is less work than the loss that transformers
 takes of labels, the documented way; that has a row of its own. Language models have random
@@ -16,8 +16,6 @@ The job has no dropout, so that both sides train alike, step for step: `check_sa
 and norms of gradients of the last step that was timed.
 """
 
-import concurrent.futures
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paired import Run
+from paired import Run, Side, Workers
 from table import Row, timed
 from training_sides import (
   WEIGHTS,
@@ -36,14 +34,14 @@ from training_sides import (
   qformer_state,
   tensor,
   ways_of_torch,
-  with_best_peer,
+  with_peer,
 )
 
 LMS = {'smollm2_135m': 'SmolLM2-135M', 'gemma3_270m': 'Gemma 3 270M'}
 GOAL, MEMORY_GOAL = 1.5, 0.7
 BY_LABELS = 'loss of labels'  # by transformers
 TOLERANCES = {'float32': (1e-4, 1e-3), 'bfloat16': (5e-3, 5e-2)}  # relative: loss, gradient
-PROMPTS, ITEMS_OF_PROMPT, SOFT_TOKENS, D_CF = 12, 20, 4, 64
+PROMPTS, ITEMS_OF_PROMPT, SOFT_TOKENS, D_CF = 6, 20, 4, 64
 WORDS_BEFORE, WORDS_BEHIND, TARGETS = 8, 8, 12
 LENGTH = WORDS_BEFORE + ITEMS_OF_PROMPT * (SOFT_TOKENS + 1) + WORDS_BEHIND + TARGETS
 ITEMS, USERS = 1349, 943  # of MovieLens-100K
@@ -52,20 +50,24 @@ TASK = 'sequential_seen_title'
 
 
 def rows(rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
+  with Workers() as workers:
+    yield from _rows(workers, rounds, peaks)
+
+
+def _rows(workers: Workers, rounds: int, peaks: Mapping[str, float]) -> Iterator[Row]:
+  ways = ways_of_torch()
+  by_labels = {BY_LABELS: {'compiled': False, 'by_labels': True}}
   for lm, shown in LMS.items():
     with tempfile.TemporaryDirectory() as directory:
-      # In a process of its own: torch stays out of this one.
-      spawn = multiprocessing.get_context('spawn')
-      with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        pool.submit(save_lm, directory, lm).result()
+      # Where torch is imported anyway, and not in this process.
+      workers.make(BY_LABELS, Side(__file__, 'save_lm', {'directory': directory, 'lm': lm}))
       for dtype in peaks:
-        tolerances = TOLERANCES[dtype]
         options = {'directory': directory, 'dtype': dtype}
-        ways = ways_of_torch()
-        all_ways = {**ways, BY_LABELS: {'compiled': False, 'by_labels': True}}
-        found = compare_checked(__file__, options, all_ways, rounds, *tolerances)
-        for some, logits in ((ways, 'logits of targets only'), ([BY_LABELS], BY_LABELS)):
-          pair, note = with_best_peer(found, some)
+        found = compare_checked(
+          workers, __file__, options, ways, rounds, *TOLERANCES[dtype], also=by_labels
+        )
+        for some, logits in ((ways, 'logits of targets only'), (by_labels, BY_LABELS)):
+          pair, note = with_peer(found, some)
           yield timed(
             f'phase 2, step with frozen {shown}, {PROMPTS} prompts of {LENGTH} tokens,'
             f' {ITEMS_OF_PROMPT} items x {SOFT_TOKENS} soft tokens, {dtype}: torch, transformers,'
@@ -125,17 +127,19 @@ def make_data() -> dict[str, np.ndarray]:
 
 
 def ours(directory: str, dtype: str) -> Run:
-  from ilm_jax.quiet import import_tensorflow
+  from ilm_jax.runtime.tensorflow import import_tensorflow
 
   import_tensorflow()
   import jax
 
-  from ilm_jax import config, sharding, train
-  from ilm_jax.checkpoints.lm.load import default_compute, load_lm
+  from ilm_jax import train
+  from ilm_jax.config import reader as config
+  from ilm_jax.lm.load import default_compute, load_lm
   from ilm_jax.models.item_language import Frozen, ItemLanguageConfig
   from ilm_jax.modules.layers import Compute
   from ilm_jax.phases.item_language_options import ItemLanguageData, LmOptions, soft_token_config
   from ilm_jax.phases.item_language_steps import ItemLanguageSteps
+  from ilm_jax.runtime import sharding
 
   changes = [f'NUM_QUERIES={SOFT_TOKENS}', 'TARGET_LOSS=vocabulary', 'READOUT=False']
   if dtype == 'float32':

@@ -49,19 +49,21 @@ AXES = {
 
 def step(rows: int, history: int = 20, queries: int = 4, items: int = 0) -> Run:
   """A training step; with `items`, of the readout on histories of that catalogue."""
-  from ilm_jax.quiet import import_tensorflow
+  from ilm_jax.runtime.tensorflow import import_tensorflow
 
   import_tensorflow()
   import jax
   import jax.numpy as jnp
 
-  from ilm_jax import config, sharding, train
-  from ilm_jax.checkpoints.lm.load import default_compute, init_params
+  from ilm_jax import train
+  from ilm_jax.config import reader as config
+  from ilm_jax.lm.decoder_sizes import DECODER_SIZES
+  from ilm_jax.lm.load import default_compute, init_params
   from ilm_jax.models.item_language import Frozen, ItemLanguageConfig
   from ilm_jax.modules.decoder import Decoder
-  from ilm_jax.modules.decoder_sizes import DECODER_SIZES
   from ilm_jax.phases.item_language_options import ItemLanguageData, LmOptions, soft_token_config
   from ilm_jax.phases.item_language_steps import ITEM_SEQUENCE, ItemLanguageSteps
+  from ilm_jax.runtime import sharding
 
   readout, task = bool(items), ITEM_SEQUENCE if items else 'prompts'
   num_items = items or 1000

@@ -26,7 +26,7 @@ PENALTIES = 10.0 ** np.arange(-6, 1, 0.5)
 
 
 def load(directory: str):
-  from ilm_jax.data.prepared import load_prepared
+  from ilm_jax.data.prepared_records import load_prepared
   from ilm_jax.prepare import prepare
 
   if not Path(directory).exists():

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ilm_jax.checkpoints.lm.load import load_lm
 from ilm_jax.decoding.sampling import SamplingOptions, generate
+from ilm_jax.lm.load import load_lm
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.precision import multiplies_bfloat16
 

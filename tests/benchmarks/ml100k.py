@@ -47,7 +47,7 @@ class Prompts(NamedTuple):
 
   Attributes:
     prompts: of each user, the titles of the newest films.
-    titles: of each film, as they go on behind a prompt, EOS at the end.
+    titles: of each film, as they go on after a prompt, EOS at the end.
   """
 
   prompts: list[list[int]]
@@ -73,6 +73,7 @@ def following(titles: list[list[int]]) -> dict[tuple[int, ...], list[int]]:
   return {begin: sorted(tokens) for begin, tokens in found.items()}
 
 
+@functools.lru_cache(maxsize=1)
 def torch_lm(dtype: str) -> Any:
   """The same weights in transformers, which dequantises the same GGUF file itself.
 
@@ -82,7 +83,7 @@ def torch_lm(dtype: str) -> Any:
   import torch
   import transformers
 
-  from ilm_jax.checkpoints.lm.packages import fetch
+  from ilm_jax.lm.packages import fetch
 
   file = fetch(LM)
   return transformers.AutoModelForCausalLM.from_pretrained(
@@ -95,8 +96,8 @@ def torch_lm(dtype: str) -> Any:
 
 
 def _write(data: str, file: str) -> None:
-  from ilm_jax.checkpoints.lm.load import load_lm
-  from ilm_jax.data.prepared import load_prepared
+  from ilm_jax.data.prepared_records import load_prepared
+  from ilm_jax.lm.load import load_lm
 
   lm, films = load_lm(LM), load_prepared(data)
   titles = films.item_text['title']

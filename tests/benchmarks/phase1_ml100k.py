@@ -68,10 +68,10 @@ def evaluate_run(output: Path, name: str, seed: int):
   """Returns retrieval by direction, with a rank for each held-out item, and all metrics."""
   import jax
 
-  from ilm_jax import sharding
   from ilm_jax.checkpoints.manager import restore_params
   from ilm_jax.phases.item_text import ItemTextPhase
   from ilm_jax.phases.settings import restore_phase
+  from ilm_jax.runtime import sharding
 
   model_dir = output / f'{name}_{seed}'
   mesh, rules = sharding.make_mesh({'data': -1}), sharding.DEFAULT_RULES
@@ -87,7 +87,7 @@ def evaluate_run(output: Path, name: str, seed: int):
 def evaluate_baselines(output: Path, seed: int):
   """Returns retrieval by direction of ridge and kernel ridge, of unit vectors."""
   from ilm_jax.cf.linear_map import fit_ridge
-  from ilm_jax.data.prepared import load_prepared
+  from ilm_jax.data.prepared_records import load_prepared
   from ilm_jax.metrics.retrieval import retrieval_from_features
   from ilm_jax.metrics.sentence_embedding import SentenceEmbedder
 
@@ -196,7 +196,7 @@ def plot(output: Path, seeds: list[int]) -> None:
   matplotlib.use('Agg')
   from matplotlib import pyplot as plt
 
-  from ilm_jax.metric_log import read_jsonl
+  from ilm_jax.runtime.metric_log import read_jsonl
 
   panels = {
     'item_text/item_to_text/R@10': 'held-out items: item to text, R@10',

@@ -76,8 +76,8 @@ def every(steps: int) -> list[str]:
 
 
 def report(output: Path, seeds: list[int]) -> str:
+  from ilm_jax.evaluation.results import Results, markdown
   from ilm_jax.metrics.ranking import bootstrap_intervals
-  from ilm_jax.results import Results, markdown
 
   found = {}  # name -> [seeds, users, metrics]
   for name in ENCODERS:

@@ -8,12 +8,12 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paired import Measured, Side, compare
+from paired import Measured, Side, Workers
 
 WEIGHTS, SETTINGS = 'weights.npz', 'settings.json'  # what ours hands to the peer
 
@@ -25,57 +25,65 @@ def ways_of_torch() -> dict[str, dict[str, Any]]:
 
 
 def compare_checked(
+  workers: Workers,
   file: str,
   options: Mapping[str, Any],
   ways: Mapping[str, Mapping[str, Any]],
   rounds: int,
   loss: float,
   gradient: float,
+  also: Mapping[str, Mapping[str, Any]] = {},
 ) -> dict[str, Measured]:
   """Function 'ours' of a file, and 'peer' in several ways, all of which pass `check_same`.
 
   Args:
+    workers: what they are run in.
     file, options: of all sides.
-    ways: name -> more options of 'peer'.
-    rounds: of `compare`.
+    ways: name -> more options of 'peer'; only the fastest is measured.
+    rounds: of `Workers.compare`.
     loss, gradient: of `check_same`.
+    also: ways that are measured besides.
   """
   sides = {'ours': Side(file, 'ours', options)}
-  sides |= {way: Side(file, 'peer', {**options, **more}) for way, more in ways.items()}
-  found = compare(sides, rounds)
-  for way in ways:
+  # The first call of a way may compile; by the second one they are compared.
+  sides |= {way: Side(file, 'peer', {**options, **more}, 2) for way, more in ways.items()}
+  sides |= {way: Side(file, 'peer', {**options, **more}) for way, more in also.items()}
+  found = workers.compare(sides, rounds, one_of=ways)
+  for way in (*ways, *also):
     check_same(found['ours'], found[way], loss, gradient)
   return found
 
 
-def with_best_peer(
-  found: Mapping[str, Measured], ways: Iterable[str]
+def with_peer(
+  found: Mapping[str, Measured], ways: Collection[str]
 ) -> tuple[dict[str, Measured], str]:
-  """'ours' and as 'peer' the fastest of some ways, and a note on which it is."""
-  best, *others = sorted(ways, key=lambda way: found[way].median)
-  note = f'the peer is {best}' + ''.join(f'; {x}: {found[x].median:.3g} s' for x in others)
-  return {'ours': found['ours'], 'peer': found[best]}, note
+  """'ours' and as 'peer' the one of some ways that was measured, and a note on which it is."""
+  (best,) = (way for way in ways if found[way].seconds)
+  others = (f'; {way}: {found[way].warm:.3g} s when warm' for way in ways if way != best)
+  return {'ours': found['ours'], 'peer': found[best]}, f'the peer is {best}{"".join(others)}'
 
 
 def check_same(ours: Measured, peer: Measured, loss: float, gradient: float) -> None:
-  """Compares what both sides return as 'same/...'.
+  """Compares what both sides return as 'same/...', call by call.
 
   Args:
-    ours, peer: of `compare`.
+    ours, peer: of `Workers.compare`.
     loss: relative tolerance of 'same/...'.
     gradient: that of 'same/gradient_norm'.
 
   Raises:
     ValueError: a number differs or is not there. Counts must be equal.
   """
-  names = {name for name in {*ours.numbers, *peer.numbers} if name.startswith('same/')}
-  for name in sorted(names):
-    a, b = (side.numbers.get(name, math.nan) for side in (ours, peer))
-    tolerance = gradient if name == 'same/gradient_norm' else loss
-    if name.startswith('same/number_of_'):
-      tolerance = 0.0
-    if not abs(a - b) <= tolerance * abs(b):
-      raise ValueError(f'{name}: ours {a}, peer {b}, further apart than {tolerance:g}.')
+  for call, sides in enumerate(zip(ours.calls, peer.calls), start=1):
+    for name in sorted({name for side in sides for name in side if name.startswith('same/')}):
+      a, b = (side.get(name, math.nan) for side in sides)
+      tolerance = gradient if name == 'same/gradient_norm' else loss
+      if name.startswith('same/number_of_'):
+        tolerance = 0.0
+      if not abs(a - b) <= tolerance * abs(b):
+        raise ValueError(
+          f'call {call}, {name}: ours {a}, peer {b}, further apart than {tolerance:g}.'
+        )
 
 
 def begin(job: Mapping[str, Any], steps: Any, directory: Path) -> tuple[Any, Any, Any, Any]:
@@ -94,7 +102,8 @@ def begin(job: Mapping[str, Any], steps: Any, directory: Path) -> tuple[Any, Any
   import jax.numpy as jnp
   import optax
 
-  from ilm_jax import sharding, train
+  from ilm_jax import train
+  from ilm_jax.runtime import sharding
 
   mesh, rules = sharding.make_mesh({'data': -1}), sharding.DEFAULT_RULES
   params = _noisy(sharding.init_sharded(steps.init, mesh, rules, jax.random.key(job['seed'])))

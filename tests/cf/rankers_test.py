@@ -139,11 +139,16 @@ def test_dot_product_never_recommends_cold_items():
 
 
 @pytest.mark.parametrize('split', ['validation', 'test'])
-def test_evaluation_ranks_every_user_with_a_target(prepared, split, monkeypatch):
-  monkeypatch.setattr(rankers, '_BATCH_VALUES', 20 * 7)  # several batches, the last one short
+def test_evaluation_ranks_every_user_with_a_target(prepared, split):
   table = np.random.default_rng(5).random((30, 20))
   targets = {'validation': prepared.validation_items, 'test': prepared.test_items}[split]
-  removed, kept = rankers.evaluate_scores('x', lambda users: table[users], prepared, split)
+  removed, kept = rankers.evaluate_scores(
+    'x',
+    lambda users: table[users],
+    prepared,
+    split,
+    max_scores=20 * 7,  # several batches, the last one short
+  )
   expected_users = [user for user in range(30) if targets[user] >= 0]
   for evaluation in (removed, kept):
     assert evaluation.users.tolist() == expected_users
@@ -188,7 +193,7 @@ def test_reference_figures_of_movielens_100k():
   They hold for equal timestamps in the order of the source's numeric item ids, and for a target
   placed before what ties with it (which only popularity's NDCG notices).
   """
-  from ilm_jax.data.preparation import PreparationOptions, prepare
+  from ilm_jax.data.prepare.preparation import PreparationOptions, prepare
   from ilm_jax.tasks import movielens
 
   prepared = prepare(movielens.ml100k(), PreparationOptions())

@@ -5,7 +5,6 @@ import dataclasses
 import re
 from typing import Any
 
-import eight_devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from ilm_jax.errors import UsageError
 from ilm_jax.modules.item_text import ItemTextEncoder
 from ilm_jax.modules.qformer import QFormerConfig
 from ilm_jax.modules.soft_tokens import MlpConfig, SoftTokenConfig, SoftTokens
-from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh
+from ilm_jax.runtime.sharding import DEFAULT_RULES, abstract_init, make_mesh
+from tests.support import eight_devices
 
 D_CF, D_LM, LAYERS = 6, 24, 4
 QFORMER = QFormerConfig(
@@ -298,13 +298,8 @@ def test_selected_parameters_are_read_strictly(run):
       restore_selected(saved, wanted | wrong)
 
 
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
-
-
+@eight_devices.needed
 class TestOnEightDevices:
-  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
-
   def test_arrays_lie_where_phase_2_has_them(self, run):
     """Phase 1's lay on one device."""
     _, module = phase2()

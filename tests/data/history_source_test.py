@@ -1,4 +1,4 @@
-"""Histories in windows: every row is predicted once, and the held-out ones behind their history."""
+"""Histories in windows: every row is predicted once, and the held-out ones after their history."""
 
 import collections
 import dataclasses
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from ilm_jax.data.feature_converter import EntityTextFeatureConverter
-from ilm_jax.data.sources import HistorySource
+from ilm_jax.data.input.feature_converter import EntityTextFeatureConverter
+from ilm_jax.data.input.sources import HistorySource
 
 LENGTHS = [0, 1, 2, 5, 0, 6, 7, 13, 1]  # training rows of users
 HELD = [True, True, False, True, False, True, True, True, False]  # those with held-out rows
@@ -86,7 +86,7 @@ def test_of_a_prepared_data_set(small_prepared):
 
 
 def test_as_a_batch_of_the_model_has_them(prepared):
-  """Padded behind with -1, and never cut."""
+  """Padded after with -1, and never cut."""
   source = HistorySource(prepared, length=5)
   lengths = {'targets': 0, 'entity_ids': 6}
   converter = EntityTextFeatureConverter(apply_length_check=False)

@@ -4,14 +4,13 @@ import functools
 import re
 from typing import Any
 
-import catalogues
 import jax
 import numpy as np
 import pytest
-import tiny_lms
 
 from ilm_jax.decoding.beam import beam_search
 from ilm_jax.errors import UsageError
+from tests.support import catalogues, tiny_lms
 
 ITEMS = len(catalogues.SEQUENCES)
 

@@ -1,13 +1,11 @@
-"""Neutral prompts and popularity, in the trie and behind it."""
+"""Neutral prompts and popularity, in the trie and after it."""
 
 import functools
 
-import catalogues
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_lms
 
 from ilm_jax.decoding.beam import beam_search
 from ilm_jax.decoding.calibration import (
@@ -19,6 +17,7 @@ from ilm_jax.decoding.calibration import (
 )
 from ilm_jax.decoding.exact import catalogue_scores, scoring_plan
 from ilm_jax.errors import UsageError
+from tests.support import catalogues, tiny_lms
 
 ITEMS = len(catalogues.SEQUENCES)
 COUNTS = np.random.default_rng(7).integers(0, 50, ITEMS)

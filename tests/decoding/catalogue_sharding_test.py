@@ -3,19 +3,17 @@
 import dataclasses
 from typing import Any
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-import tiny_lms
 
-from ilm_jax import sharding
+from ilm_jax.catalogue.trie import build_trie
 from ilm_jax.decoding.beam import beam_search
-from ilm_jax.decoding.catalogue_loss import catalogue_nll
 from ilm_jax.decoding.exact import catalogue_scores, scoring_plan
-from ilm_jax.decoding.trie import build_trie
+from ilm_jax.models.catalogue_loss import catalogue_nll
 from ilm_jax.modules.decoder import Decoder
+from ilm_jax.runtime import sharding
+from tests.support import eight_devices, tiny_lms
 
 RULES = sharding.DEFAULT_RULES
 LM = Decoder(dataclasses.replace(tiny_lms.CONFIGS['llama'], vocab_size=98))
@@ -25,10 +23,6 @@ BIAS = np.random.default_rng(1).normal(size=TRIE.num_nodes).astype(np.float32)
 TOKENS = np.random.default_rng(0).integers(2, 98, (8, 6))
 LENGTHS = np.arange(8, dtype=np.int32) % 6 + 1
 TARGETS = np.array([[*ITEMS[i % 5], *[0] * (6 - len(ITEMS[i % 5]))] for i in range(8)], np.int32)
-
-
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
 
 
 def init(key):
@@ -63,7 +57,7 @@ def results(mesh):
     return run(params, TRIE, scoring_plan(TRIE), BIAS, batch)
 
 
-@pytest.mark.skipif(not eight_devices.ARE_HERE, reason='run by test_on_eight_devices')
+@eight_devices.needed
 class TestOnEightDevices:
   def test_is_that_on_one(self):
     expected, expected_scores, expected_loss = results(

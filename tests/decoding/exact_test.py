@@ -2,17 +2,16 @@
 
 import functools
 
-import catalogues
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-import tiny_lms
 
+from ilm_jax.catalogue.trie import build_trie
 from ilm_jax.decoding.exact import catalogue_scores, root_log_probs, scoring_plan
-from ilm_jax.decoding.trie import build_trie
 from ilm_jax.errors import UsageError
+from tests.support import catalogues, tiny_lms
 
 
 @functools.cache

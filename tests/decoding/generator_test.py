@@ -1,15 +1,13 @@
 """Completions and scores of prompts, however they are put into batches."""
 
-import re
-
 import numpy as np
 import pytest
-import tiny_lms
 
-from ilm_jax.decoding import generator as generator_module
 from ilm_jax.decoding.generator import Completion, Generator
 from ilm_jax.decoding.sampling import SamplingOptions
 from ilm_jax.errors import UsageError
+from ilm_jax.modules.decoder import Decoder
+from tests.support import tiny_lms
 
 NEW = 6
 GREEDY = SamplingOptions(max_new_tokens=NEW)
@@ -40,11 +38,9 @@ def generator(tiny):
 
 
 @pytest.fixture(scope='module')
-def lettered(tiny, generator):
-  """With a vocabulary; what was compiled is shared."""
-  made = Generator(tiny.lm, tiny.params, Letters(), max_rows=4)
-  made._generate, made._score = generator._generate, generator._score
-  return made
+def lettered(tiny):
+  """With a vocabulary."""
+  return Generator(tiny.lm, tiny.params, Letters(), max_rows=4)
 
 
 def expected(tiny, prompt, new=NEW):
@@ -67,7 +63,7 @@ def test_text(tiny, lettered):
   [got] = lettered.complete(['Hello'], GREEDY, add_bos=True)
   assert got == Completion(Letters().decode(tokens), tuple(tokens), got.log_prob, False)
   assert got.log_prob == pytest.approx(log_probs.sum(), abs=1e-4)
-  assert lettered.complete(['Hello', 'A'], GREEDY)[0].tokens == tuple(expected(tiny, prompt)[0])
+  assert lettered.complete(['Hello'], GREEDY)[0].tokens == tuple(expected(tiny, prompt)[0])
 
 
 def test_a_stop_token_is_counted_but_not_said(tiny, lettered, monkeypatch):
@@ -91,7 +87,7 @@ def test_draws_depend_on_the_place_of_a_prompt_only(tiny, generator):
   together = generator.complete(PROMPTS, options)
   one_by_one = Generator(tiny.lm, tiny.params, max_rows=1).complete(PROMPTS, options)
   assert [x.tokens for x in together] == [x.tokens for x in one_by_one]
-  twice = generator.complete([PROMPTS[0]] * 2, options)
+  twice = generator.complete([PROMPTS[0]] * 4, options)  # as many as a batch has
   assert twice[0].tokens != twice[1].tokens
 
 
@@ -146,9 +142,8 @@ def log_probs_of(tiny, embeddings, continuation):
 
 
 @pytest.mark.parametrize('held', [1 << 25, tiny_lms.VOCAB * 5])
-def test_scores_are_those_of_whole_forward_passes(tiny, monkeypatch, held):
-  monkeypatch.setattr(generator_module, '_LOGITS', held)
-  generator = Generator(tiny.lm, tiny.params, max_rows=4)
+def test_scores_are_those_of_whole_forward_passes(tiny, held):
+  generator = Generator(tiny.lm, tiny.params, max_rows=4, max_logits=held)
   continuations = [RNG.integers(0, tiny_lms.VOCAB, n).tolist() for n in (4, 1, 0, 6, 3)]
   scores = generator.score(PROMPTS, continuations)
   assert [len(x) for x in scores] == [4, 1, 0, 6, 3]
@@ -164,15 +159,19 @@ def test_a_completion_scores_what_it_says(tiny, generator):
     assert completion.log_prob == pytest.approx(score.sum(), abs=1e-4)
 
 
-def test_scoring_holds_few_logits(tiny, monkeypatch):
+def test_scoring_holds_few_logits(tiny):
   """Of 4 x 64 tokens of the vocabulary, 16 at a time."""
-  monkeypatch.setattr(generator_module, '_LOGITS', tiny_lms.VOCAB * 16)
-  generator = Generator(tiny.lm, tiny.params)
-  tokens, targets = np.ones((4, 128), np.int32), np.ones((4, 64), np.int32)
-  arguments = (tiny.params, tokens, np.full(4, 128), None, targets)
-  program = generator._score.lower(*arguments).compile().as_text()
-  sizes = {int(n) for n in re.findall(rf'f32\[(\d+),{tiny_lms.VOCAB}\]', program)}
-  assert max(sizes) == 16
+  asked = []
+
+  class Recording(Decoder):
+    def logits(self, hidden):
+      asked.append(hidden.shape)
+      return super().logits(hidden)
+
+  lm = Recording(tiny.lm.config, tiny.lm.compute)
+  generator = Generator(lm, tiny.params, max_logits=tiny_lms.VOCAB * 16)
+  generator.score([[5] * 64] * 4, [[6] * 64] * 4)
+  assert set(asked) == {(16, tiny.lm.config.d_model)}
 
 
 def test_nothing_is_done_with_nothing(generator):

@@ -3,12 +3,12 @@
 import jax
 import numpy as np
 import pytest
-from checkpoints.lm import t5_recipes_parity_test as t5_parity
-from modules.decoder_parity_test import make_pair
 
 from ilm_jax.decoding.generator import Generator
 from ilm_jax.decoding.sampling import SamplingOptions, candidates
 from ilm_jax.modules.layers import Compute
+from tests.lm import t5_recipes_parity_test as t5_parity
+from tests.modules.decoder_parity_test import make_pair
 
 pytestmark = pytest.mark.parity
 

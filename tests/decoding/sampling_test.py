@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
-import tiny_lms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from ilm_jax.decoding import sampling
 from ilm_jax.decoding.sampling import SamplingOptions, candidates, choose_tokens, generate
 from ilm_jax.errors import UsageError
 from ilm_jax.modules.attention import NewTokens
+from tests.support import tiny_lms
 
 NEW = 10
 TOKENS = np.random.default_rng(1).integers(1, tiny_lms.VOCAB, (3, 9))
@@ -142,25 +142,34 @@ def test_a_beginning_that_all_prompts_share():
     np.testing.assert_allclose(out.log_probs[row], log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize(('name', 'rows'), [('llama', 1), ('llama', 3), ('t5', 3)])
-def test_the_cache_stays_where_it_is(name, rows):
+@pytest.mark.parametrize(
+  ('name', 'scan', 'rows'),
+  [
+    # What tests above have run, so that it is compiled.
+    ('gemma', True, 3),
+    ('gemma', False, 3),
+    ('gemma', False, 1),
+    ('t5', True, 3),
+    ('t5_decoder', False, 3),
+    *(pytest.param('llama', scan, 1, marks=pytest.mark.slow) for scan in (True, False)),
+    pytest.param('llama', True, 3, marks=pytest.mark.slow),
+    pytest.param('t5', False, 3, marks=pytest.mark.slow),
+  ],
+)
+def test_the_cache_stays_where_it_is(name, scan, rows):
   """No copy of a layer's cache, nor of all, in the compiled loop."""
-  for scan in (True, False):
-    tiny = tiny_lms.tiny_lm(name, scan)
-    arguments = (
-      tiny.params,
-      jnp.asarray(TOKENS[:rows]),
-      LENGTHS[:rows],
-      SamplingOptions().traced(),
-    )
-    program = compiled(tiny.lm).lower(*arguments, max_new_tokens=NEW).compile().as_text()
-    heads, width = (2, 6) if name == 't5' else (2, 8)
-    capacity = NEW if name == 't5' else 9 + NEW - 1
-    cached = rf'f32\[(?:\d+,)?{rows},{heads},{capacity},{width}\]\S*'
-    # All computations but the first: bodies of loops, and what they call.
-    inner = program[: program.index('\nENTRY ')]
-    assert re.search(rf'{cached} (fusion|dynamic-update-slice)\(', inner)
-    assert not re.findall(rf'.*{cached} copy\(.*', inner)
+  tiny = tiny_lms.tiny_lm(name, scan)
+  inputs = TOKENS if rows == 3 else tiny.embed(TOKENS[:1])
+  arguments = tiny.params, inputs, LENGTHS[:rows], SamplingOptions().traced()
+  lowered = compiled(tiny.lm).lower(*arguments, rows=np.arange(rows), max_new_tokens=NEW)
+  program = lowered.compile().as_text()
+  heads, width = (2, 8) if name in ('gemma', 'llama') else (2, 6)
+  capacity = NEW if name == 't5' else 9 + NEW - 1
+  cached = rf'f32\[(?:\d+,)?{rows},{heads},{capacity},{width}\]\S*'
+  # All computations but the first: bodies of loops, and what they call.
+  inner = program[: program.index('\nENTRY ')]
+  assert re.search(rf'{cached} (fusion|dynamic-update-slice)\(', inner)
+  assert not re.findall(rf'.*{cached} copy\(.*', inner)
 
 
 # Draws. Logits of 12 tokens, two of which are equal.
@@ -184,17 +193,23 @@ def exact(logits, temperature=1.0, top_k=None, top_p=None):
 FILTERS = [
   {},
   {'temperature': 0.5},
-  {'top_k': 1},
   {'top_k': 6},  # the sixth and the seventh are equal: both stay
-  {'top_p': 0.8},
-  {'top_p': 0.3},
   {'temperature': 2.0, 'top_k': 8, 'top_p': 0.7},
-  {'top_k': 50, 'top_p': 1.0},
+  # What is kept is compared with sorting below, for many more of them.
+  *(
+    pytest.param(filters, marks=pytest.mark.slow)
+    for filters in (
+      {'top_k': 1},
+      {'top_p': 0.8},
+      {'top_p': 0.3},
+      {'top_k': 50, 'top_p': 1.0},
+    )
+  ),
 ]
 
 
 candidates_compiled = jax.jit(candidates)
-draw_from = jax.jit(sampling._draw)
+draw_from = jax.jit(sampling.draw)
 
 
 @functools.cache

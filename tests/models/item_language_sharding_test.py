@@ -1,29 +1,23 @@
 """Phase 2 on eight devices is phase 2 on one: losses, gradients, parameters after a step."""
 
 import dataclasses
+import functools
 import re
 
-import eight_devices
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from ilm_jax import sharding
-from ilm_jax.decoding.trie import build_trie
+from ilm_jax.catalogue.trie import build_trie
 from ilm_jax.models.item_language import Frozen, ItemLanguageConfig, ItemLanguageModel
 from ilm_jax.modules.qformer import QFormerConfig
 from ilm_jax.modules.readout import log_popularity
 from ilm_jax.modules.soft_tokens import SoftTokenConfig
-from tests import tiny_gemma
+from ilm_jax.runtime import sharding
+from tests.support import eight_devices, steps, tiny_gemma
 
-MESHES = [
-  {'data': 8},
-  {'data': 2, 'fsdp': 2, 'tensor': 2},
-  {'data': 1, 'fsdp': 4, 'tensor': 2},
-]
 RULES = sharding.DEFAULT_RULES
 SLOT, K, D_CF, NUM_ENTITIES, NUM_ITEMS, ROWS, T = 9, 2, 6, 1003, 900, 8, 12
 LM, VARIABLES = tiny_gemma.load('gemma3')
@@ -49,12 +43,12 @@ MODEL = model_of(CONFIG)
 SAMPLED = model_of(dataclasses.replace(CONFIG, whole_catalogue=10, num_negatives=64))
 EOS, KEY = 1, jax.random.key(1)
 TEXTS = [[10 + i % 30, 10 + i // 30, EOS] for i in range(NUM_ITEMS)]
-OPTIMIZER = optax.sgd(1.0)  # Adam divides by gradients, and with them by their rounding errors
-SOURCES = ('vocabulary', 'catalogue', 'history', 'sampled')
-
-
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
+SOURCES = [
+  'vocabulary',
+  'history',
+  pytest.param('catalogue', marks=pytest.mark.slow),  # catalogue_sharding_test.py has its loss
+  pytest.param('sampled', marks=pytest.mark.slow),
+]
 
 
 def batch_of(source):
@@ -108,16 +102,14 @@ def constants(mesh):
   )
 
 
-def step(params, frozen, batch, source):
-  def loss(params):
-    if source in ('history', 'sampled'):
-      model = SAMPLED if source == 'sampled' else MODEL
-      return model.readout_loss(params, frozen, batch['entity_ids'], KEY, deterministic=True)
-    return MODEL.loss(params, frozen, batch, KEY, target_loss=source, deterministic=True)
+def loss(params, frozen, batch, source):
+  if source in ('history', 'sampled'):
+    model = SAMPLED if source == 'sampled' else MODEL
+    return model.readout_loss(params, frozen, batch['entity_ids'], KEY, deterministic=True)
+  return MODEL.loss(params, frozen, batch, KEY, target_loss=source, deterministic=True)
 
-  (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-  updates, _ = OPTIMIZER.update(gradients, OPTIMIZER.init(params))
-  return value, metrics, gradients, optax.apply_updates(params, updates)
+
+step = steps.step_of(loss)
 
 
 def placed(params, mesh):
@@ -129,61 +121,61 @@ def placed(params, mesh):
 @pytest.fixture(scope='module')
 def single():
   """On one device: parameters that are random everywhere, and what a step makes of them."""
-  rng = np.random.default_rng(0)
-  params = nn.meta.unbox(jax.jit(MODEL.init)(KEY))
-  params = jax.tree.map(
-    lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), params
-  )
+  params = steps.random_params(MODEL.init, KEY)
   frozen = constants(sharding.make_mesh({}, jax.devices()[:1]))
   run = jax.jit(step, static_argnames='source')
-  return params, {s: run(params, frozen, batch_of(s), source=s) for s in SOURCES}
+  return params, functools.cache(
+    lambda source: run(params, frozen, batch_of(source), source=source)
+  )
 
 
-class TestOnEightDevices:
-  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
+_compiled: dict = {}
 
-  @pytest.mark.parametrize('shape', MESHES, ids=str)
-  @pytest.mark.parametrize('source', SOURCES)
-  def test_a_step_is_one_devices_step(self, single, shape, source):
-    params, expected = single
+
+def compiled(params, shape, source):
+  """A step on a mesh, compiled once, and its arguments."""
+  if (str(shape), source) not in _compiled:
     mesh = sharding.make_mesh(shape)
     params, at = placed(params, mesh)
     with sharding.use_mesh(mesh, RULES):
       run = jax.jit(step, static_argnames='source', out_shardings=(None, None, at, at))
-      batch = sharding.place_batch(batch_of(source), mesh)
-      found = run(params, constants(mesh), batch, source=source)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected[source]), strict=True):
+      args = params, constants(mesh), sharding.place_batch(batch_of(source), mesh)
+      _compiled[str(shape), source] = run.lower(*args, source=source).compile(), args
+  return _compiled[str(shape), source]
+
+
+@eight_devices.needed
+class TestOnEightDevices:
+  @pytest.mark.parametrize('shape', steps.MESHES, ids=str)
+  @pytest.mark.parametrize('source', SOURCES)
+  def test_a_step_is_one_devices_step(self, single, shape, source):
+    _, expected = single
+    run, args = compiled(single[0], shape, source)
+    found = run(*args)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected(source)), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-3, atol=2e-5)
-    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected[source][2]))
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected(source)[2]))
     assert largest > 1e-3  # or the tolerance would say nothing
 
   def test_the_entity_table_stays_where_it_is(self, single):
     """Each device holds an eighth of the rows, and no program has all of them on one device."""
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    params, _ = placed(single[0], mesh)
-    frozen = constants(mesh)
+    run, (params, frozen, batch) = compiled(single[0], steps.ALL_AXES, 'vocabulary')
     assert frozen.entity_vectors.sharding.shard_shape(frozen.entity_vectors.shape) == (126, D_CF)
     whole = rf'f32\[(1003|1008),{D_CF}\]'
+    assert not re.search(whole, run.as_text())
+    assert re.search(rf'f32\[126,{D_CF}\]', run.as_text())
+    # What would be seen if it were gathered:
+    mesh = sharding.make_mesh(steps.ALL_AXES)
     with sharding.use_mesh(mesh, RULES):
-      batch = sharding.place_batch(batch_of('vocabulary'), mesh)
-      run = jax.jit(step, static_argnames='source')
-      program = run.lower(params, frozen, batch, source='vocabulary').compile().as_text()
-      assert not re.search(whole, program)
-      assert re.search(rf'f32\[126,{D_CF}\]', program)
-      # What would be seen if it were gathered:
       table = sharding.replicate(np.asarray(frozen.entity_vectors), mesh)
       frozen = dataclasses.replace(frozen, entity_vectors=table)
+      run = jax.jit(step, static_argnames='source')
       program = run.lower(params, frozen, batch, source='vocabulary').compile().as_text()
       assert re.search(whole, program)
 
   def test_states_and_logits_are_split(self, single):
     """Rows over data and fsdp, the vocabulary over tensor: seen in the compiled program."""
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-    params, _ = placed(single[0], mesh)
-    with sharding.use_mesh(mesh, RULES):
-      batch = sharding.place_batch(batch_of('vocabulary'), mesh)
-      run = jax.jit(step, static_argnames='source')
-      program = run.lower(params, constants(mesh), batch, source='vocabulary').compile().as_text()
+    program = compiled(single[0], steps.ALL_AXES, 'vocabulary')[0].as_text()
     d, vocab = LM.config.d_model, LM.config.vocab_size
     assert re.search(rf'f32\[{ROWS // 4},{T},{d}\]', program)
     assert not re.search(rf'f32\[{ROWS},{T},{d}\]', program)

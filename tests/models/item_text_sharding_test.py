@@ -1,30 +1,30 @@
 """Phase 1 on eight devices is phase 1 on one: loss, gradients, and the parameters after a step."""
 
-import eight_devices
+import functools
+
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 import pytest
-from item_text_test import D_CF, ENCODER, KEY, NUM_ITEMS, NUM_USERS, make_model, text_batch
 
-from ilm_jax import sharding
-from ilm_jax.data.histories import UserHistories
 from ilm_jax.models.item_text import Frozen
+from ilm_jax.modules.histories import UserHistories
+from ilm_jax.runtime import sharding
+from tests.models.item_text_test import (
+  D_CF,
+  ENCODER,
+  KEY,
+  NUM_ITEMS,
+  NUM_USERS,
+  make_model,
+  text_batch,
+)
+from tests.support import eight_devices, steps
 
-MESHES = [
-  {'data': 8},
-  {'data': 2, 'fsdp': 2, 'tensor': 2},
-  {'data': 1, 'fsdp': 4, 'tensor': 2},
-]
 RULES = sharding.DEFAULT_RULES
 # Not 64 rows, but with what makes a global batch differ from eight local ones: items 3 and 5 occur
 # on several devices, where they must not be negatives.
 ITEMS = [0, 3, 1, 5, 2, 3, 4, 6, 5, 7, 8, 9, 10, 3, 11, 5]
-
-
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
 
 
 def batch_of(source):
@@ -48,37 +48,31 @@ def constants(mesh):
   return Frozen(nn.LogicallyPartitioned(vectors, ('entities', 'cf')), histories)
 
 
-SOURCES = ('item_text', 'item_item', 'user_item')
+SOURCES = ['item_text', 'user_item', pytest.param('item_item', marks=pytest.mark.slow)]
 MODEL = make_model()
-OPTIMIZER = optax.sgd(1.0)  # Adam divides by gradients, and with them by their rounding errors
 
 
-def step(params, frozen, batch, source):
-  def loss(params):
-    return MODEL.loss(params, frozen, batch, KEY, source=source, deterministic=True)
+def loss(params, frozen, batch, source):
+  return MODEL.loss(params, frozen, batch, KEY, source=source, deterministic=True)
 
-  (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-  updates, _ = OPTIMIZER.update(gradients, OPTIMIZER.init(params))
-  return value, metrics, gradients, optax.apply_updates(params, updates)
+
+step = steps.step_of(loss)
 
 
 @pytest.fixture(scope='module')
 def single():
   """On one device: parameters that are random everywhere, and what a step makes of them."""
-  rng = np.random.default_rng(0)
-  params = nn.meta.unbox(jax.jit(MODEL.init)(KEY))
-  params = jax.tree.map(
-    lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape), np.float32), params
-  )
+  params = steps.random_params(MODEL.init, KEY)
   frozen = nn.meta.unbox(constants(sharding.make_mesh({}, jax.devices()[:1])))
   run = jax.jit(step, static_argnames='source')
-  return params, {s: run(params, frozen, batch_of(s), source=s) for s in SOURCES}
+  return params, functools.cache(
+    lambda source: run(params, frozen, batch_of(source), source=source)
+  )
 
 
+@eight_devices.needed
 class TestOnEightDevices:
-  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
-
-  @pytest.mark.parametrize('shape', MESHES, ids=str)
+  @pytest.mark.parametrize('shape', steps.MESHES, ids=str)
   @pytest.mark.parametrize('source', SOURCES)
   def test_a_step_is_one_devices_step(self, single, shape, source):
     params, expected = single
@@ -91,12 +85,12 @@ class TestOnEightDevices:
       run = jax.jit(step, static_argnames='source', out_shardings=(None, None, at, at))
       batch = sharding.place_batch(batch_of(source), mesh)
       found = run(placed, frozen, batch, source=source)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected[source]), strict=True):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected(source)), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
   def test_negatives_are_those_of_the_global_batch(self, single):
     """Had each device its own negatives, chance would be log 2."""
-    metrics = single[1]['item_text'][1]
+    metrics = single[1]('item_text')[1]
     same = np.equal.outer(ITEMS, ITEMS) & ~np.eye(16, dtype=bool)
     chance = np.log((~same).sum(axis=1)).mean()
     np.testing.assert_allclose(metrics['itc/gain'] + metrics['itc/nll'], chance, rtol=1e-5)

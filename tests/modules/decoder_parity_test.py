@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ilm_jax.checkpoints.lm.load import load_lm
+from ilm_jax.lm.load import load_lm
 from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.layers import Compute
 
@@ -114,7 +114,7 @@ def padded(pair):
 
 
 def packed(pair):
-  """Two rows in one, with padding behind, against each alone."""
+  """Two rows in one, with padding after, against each alone."""
   row = np.concatenate([TOKENS[0, :14], TOKENS[1, :9], [0]])[None]
   segment_ids = np.array([[1] * 14 + [2] * 9 + [0]])
   positions = np.array([[*range(14), *range(9), 0]])

@@ -10,15 +10,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_decoder
 import pytest
-import tiny_gemma
 
-from ilm_jax.checkpoints.lm import huggingface
-from ilm_jax.checkpoints.lm.assemble import assemble
+from ilm_jax.lm import huggingface
+from ilm_jax.lm.assemble import assemble
 from ilm_jax.modules.attention import Cache
-from ilm_jax.modules.decoder import Decoder, DecoderConfig, RopeScaling
+from ilm_jax.modules.decoder import Decoder, DecoderConfig, LayerByLayer, RopeScaling
 from ilm_jax.modules.layers import Compute
+from tests.support import numpy_decoder, tiny_gemma
 
 UNSCANNED = Compute(scan_layers=False)
 FAMILIES = ('gemma2', 'gemma3')
@@ -55,12 +54,13 @@ def load(c, tensors, compute=Compute()):
 def jitted(family, compute):
   lm, variables = tiny_gemma.load(family, compute)
 
-  def run(ids, positions, segment_ids, cache, more):
+  def run(variables, ids, positions, segment_ids, cache, more):
     embeddings = lm.apply(variables, ids, method='embed_tokens')
     hidden, new = lm.apply(variables, embeddings, positions, segment_ids, cache=cache, **more)
     return lm.apply(variables, hidden, method='logits'), new
 
-  return tiny_gemma.jit(run)
+  # Weights that are constants of a program are compiled with it.
+  return functools.partial(tiny_gemma.jit(run), variables)
 
 
 def run(family, ids, positions=None, segment_ids=None, *, cache=None, compute=Compute(), **more):
@@ -201,14 +201,16 @@ def test_a_beginning_that_all_rows_share(family, compute):
   _, ids, _ = tiny_gemma.golden(family)
   beginning, ends = ids[:1, :13], np.stack([ids[0, 13:], ids[1, 13:], ids[1, :7]])
   rows = np.concatenate([beginning.repeat(3, 0), ends], axis=1)
-  expected = run(family, rows, compute=compute)[0][:, 13:]
+  whole = np.tile(np.arange(T), (3, 1))
+  sees = np.tri(T, dtype=bool)[None].repeat(3, 0)
+  expected = oracle_of(family, rows, whole, sees)[:, 13:]
   one_row = append(empty_cache(family, compute, 1, 13), run(family, beginning, compute=compute)[1])
   positions = np.tile(np.arange(13, T), (3, 1))
   for cache in (one_row, one_row.repeat(3)):
     close(run(family, ends, positions, cache=cache, compute=compute)[0], expected)
 
 
-# A prompt, and a tree behind it: a token with two continuations, of two tokens and of one.
+# A prompt, and a tree after it: a token with two continuations, of two tokens and of one.
 #   0 1 ... 9  10 -> 11 -> 12
 #                 -> 13
 TREE = np.array([10, 11, 12, 11])
@@ -217,11 +219,11 @@ TREE_SEES = np.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]], b
 
 
 def branches_alone(family, ids):
-  """For each branch, its tokens in the tree and their logits behind the prompt."""
+  """For each branch, its tokens in the tree and their logits after the prompt."""
   for branch in BRANCHES:
-    row = np.concatenate([ids[0, :10], ids[0, 10:14][branch]])
-    row = np.pad(row, (0, T - len(row)))  # what comes later is seen by nobody
-    yield branch, run(family, row[None])[0][0, 10 : 10 + len(branch)]
+    row = np.concatenate([ids[0, :10], ids[0, 10:14][branch]])[None]
+    positions, sees = np.arange(row.size)[None], np.tri(row.size, dtype=bool)[None]
+    yield branch, oracle_of(family, row, positions, sees)[0, 10:]
 
 
 def test_a_tree_of_continuations():
@@ -250,9 +252,14 @@ def test_logits_at_chosen_places():
   lm, variables = tiny_gemma.load('gemma2')
   hidden = np.random.default_rng(4).normal(size=(2, T, 32)).astype(np.float32)
   at = np.array([[3, 19], [0, 0]])
-  everywhere = lm.apply(variables, hidden, method='logits')
-  got = lm.apply(variables, hidden, at, method='logits_at')
-  close(got, everywhere[np.arange(2)[:, None], at], 1e-5)
+
+  @tiny_gemma.jit
+  def both(variables):
+    apply = functools.partial(lm.apply, variables, hidden)
+    return apply(method='logits'), apply(at, method='logits_at')
+
+  everywhere, got = both(variables)
+  close(got, np.asarray(everywhere)[np.arange(2)[:, None], at], 1e-5)
 
 
 WEIGHTS = np.random.default_rng(2).normal(size=(2, T, 512)) / 100
@@ -263,12 +270,13 @@ def gradient(family, compute):
   """Of a loss of all logits with respect to the embeddings, where soft tokens stand."""
   lm, variables = tiny_gemma.load(family, compute)
 
-  def loss(embeddings):
+  def loss(embeddings, variables):
     hidden, _ = lm.apply(variables, embeddings, POSITIONS, SEGMENT_IDS)
     return jnp.sum(lm.apply(variables, hidden, method='logits') * WEIGHTS)
 
-  _, ids, _ = tiny_gemma.golden(family)
-  return np.asarray(tiny_gemma.jit(jax.grad(loss))(lm.apply(variables, ids, method='embed_tokens')))
+  tensors, ids, _ = tiny_gemma.golden(family)
+  embeddings = numpy_decoder.embed(tensors, lm.config, ids).astype(np.float32)
+  return np.asarray(tiny_gemma.jit(jax.grad(loss))(embeddings, variables))
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -289,7 +297,8 @@ def test_gradients_are_finite_differences_of_the_oracle(family):
 @pytest.mark.parametrize(
   'changes',
   [
-    {'remat': 'full'},
+    # It is the same call as of 'dots', with another policy.
+    pytest.param({'remat': 'full'}, marks=pytest.mark.slow),
     {'remat': 'dots'},
     {'scan_layers': False},
   ],
@@ -339,3 +348,20 @@ def test_a_wrong_configuration_is_refused(changes, message):
 def test_a_wrong_way_to_compute_is_refused(changes, message):
   with pytest.raises((ValueError, TypeError), match=message):
     Compute(**changes)
+
+
+def test_layer_by_layer_is_the_same():
+  """With local layers, after a cache and without."""
+  lm, variables = tiny_gemma.load('gemma3', UNSCANNED)
+  run, layers = functools.partial(tiny_gemma.jit(lm.apply), variables), LayerByLayer(lm)
+  rng = np.random.default_rng(0)
+  first, second = (rng.normal(size=(2, n, lm.config.d_model)).astype(np.float32) for n in (9, 4))
+  cache = None
+  for embeddings, start in ((first, 0), (second, 9)):
+    positions = np.tile(start + np.arange(embeddings.shape[1]), (2, 1))
+    segment_ids = np.ones_like(positions)
+    whole, new = run(embeddings, positions, segment_ids, cache=cache)
+    found, own = layers(variables['params'], embeddings, positions, segment_ids, cache=cache)
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), own, new)
+    cache = append(lm.init_cache(2, 9), new)

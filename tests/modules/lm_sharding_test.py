@@ -1,26 +1,25 @@
 """Language models on eight devices are those on one: loss, gradients of embeddings and weights."""
 
-import eight_devices
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ilm_jax import sharding
-from ilm_jax.models.token_losses import token_nll
 from ilm_jax.modules.decoder import Decoder, DecoderConfig
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.t5 import T5, T5Config
+from ilm_jax.modules.token_losses import token_nll
+from ilm_jax.runtime import sharding
+from tests.support import eight_devices
 
-MESHES = {
-  'gemma3': [
-    {'data': 8},
-    {'data': 2, 'fsdp': 2, 'tensor': 2},
-    {'data': 1, 'fsdp': 4, 'tensor': 2},
-  ],
-  'llama_unstacked': [{'data': 2, 'fsdp': 2, 'tensor': 2}],
-  't5': [{'data': 2, 'fsdp': 2, 'tensor': 2}],
-}
+ALL = {'data': 2, 'fsdp': 2, 'tensor': 2}
+CASES = [
+  ('gemma3', ALL),
+  pytest.param('gemma3', {'data': 8}, marks=pytest.mark.slow),
+  pytest.param('gemma3', {'data': 1, 'fsdp': 4, 'tensor': 2}, marks=pytest.mark.slow),
+  pytest.param('llama_unstacked', ALL, marks=pytest.mark.slow),
+  ('t5', ALL),
+]
 RULES = sharding.DEFAULT_RULES
 SIZES = dict(d_model=32, num_heads=4, head_dim=8, d_mlp=64, vocab_size=64)
 GEMMA3 = dict(
@@ -40,10 +39,6 @@ BATCH = {
   'tokens': RNG.integers(0, 64, (8, 12)).astype(np.int32),
   'targets': RNG.integers(0, 64, (8, 12)).astype(np.int32),
 }
-
-
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
 
 
 def init(lm, key):
@@ -70,20 +65,19 @@ def results(lm, mesh):
     return params, jax.device_get(compiled(*arguments))
 
 
-@pytest.mark.skipif(not eight_devices.ARE_HERE, reason='run by test_on_eight_devices')
+@eight_devices.needed
 class TestOnEightDevices:
-  @pytest.mark.parametrize('name', LMS)
-  def test_every_mesh(self, name):
+  @pytest.mark.parametrize(('name', 'shape'), CASES, ids=str)
+  def test_is_that_on_one(self, name, shape):
     one = sharding.make_mesh({'data': 1}, jax.devices()[:1])
     _, (value, gradients) = results(LMS[name], one)
-    for shape in MESHES[name]:
-      params, (found, found_gradients) = results(LMS[name], sharding.make_mesh(shape))
-      np.testing.assert_allclose(found, value, rtol=1e-5)
-      jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-        found_gradients,
-        gradients,
-      )
-      if shape.get('tensor', 1) > 1:
-        table = params['embedder']['embedding']
-        assert table.sharding.shard_shape(table.shape)[0] == 32  # of 64 tokens
+    params, (found, found_gradients) = results(LMS[name], sharding.make_mesh(shape))
+    np.testing.assert_allclose(found, value, rtol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+      found_gradients,
+      gradients,
+    )
+    if shape.get('tensor', 1) > 1:
+      table = params['embedder']['embedding']
+      assert table.sharding.shard_shape(table.shape)[0] == 32  # of 64 tokens

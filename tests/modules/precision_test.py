@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ilm_jax.checkpoints.lm.load import default_compute
+from ilm_jax.lm.load import default_compute
 from ilm_jax.modules import precision
 from ilm_jax.modules.layers import Compute, Embedder
 from ilm_jax.modules.precision import bf16_dot_general, bf16_times_rows, multiplies_bfloat16
@@ -87,10 +87,8 @@ def test_bfloat16_is_taken_where_the_cpu_has_it(cpuinfo, expected, tmp_path, mon
   file = tmp_path / 'cpuinfo'
   if cpuinfo is not None:
     file.write_text(cpuinfo)
-  monkeypatch.setattr(precision, '_CPUINFO', file)
-  # A cache of its own, so that nothing of this is remembered.
-  flags = precision._cpu_flags.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-  monkeypatch.setattr(precision, '_cpu_flags', flags)
+  flags = precision.cpu_flags(file)
+  monkeypatch.setattr(precision, 'cpu_flags', lambda: flags)
   assert multiplies_bfloat16('cpu') is expected
   assert multiplies_bfloat16('tpu')
   assert multiplies_bfloat16('gpu')

@@ -8,19 +8,17 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-import eight_devices
 import jax
 import numpy as np
 import pytest
-import tiny_gemma
 
 from ilm_jax.modules import splash
 from ilm_jax.modules.attention import KeyValue, Tokens, attend, visible, within
 from ilm_jax.modules.decoder import Decoder
 from ilm_jax.modules.layers import Compute
-from ilm_jax.sharding import DEFAULT_RULES, make_mesh, use_mesh
+from ilm_jax.runtime.sharding import DEFAULT_RULES, make_mesh, use_mesh
+from tests.support import eight_devices, tiny_gemma
 
 SPLASH = Compute(attention='splash')
 
@@ -89,13 +87,8 @@ def test_where_the_kernel_does_not_serve_the_plain_one_does():
   assert not has_kernel(cache=lm.init_cache(2, 4))
 
 
-def test_on_eight_devices():
-  eight_devices.run_class_of(__file__)
-
-
+@eight_devices.needed
 class TestOnEightDevices:
-  __test__ = eight_devices.ARE_HERE  # in the process of test_on_eight_devices
-
   # There are two key-value heads: each is split off, or two copies of it are.
   @pytest.mark.parametrize(
     'shape', [{'data': 2, 'fsdp': 2, 'tensor': 2}, {'data': 2, 'tensor': 4}], ids=str
@@ -121,7 +114,7 @@ def test_a_step_compiles_for_a_tpu():
     env={
       **os.environ,
       'JAX_PLATFORMS': 'cpu',
-      'PYTHONPATH': os.pathsep.join([str(Path(tiny_gemma.__file__).parent), *sys.path]),
+      'PYTHONPATH': os.pathsep.join([str(eight_devices.ROOT), *sys.path]),
       'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # this process may have it, too
       'TPU_LIBRARY_PATH': libtpu.get_library_path(),
       'TPU_SKIP_MDS_QUERY': '1',
@@ -142,7 +135,7 @@ def compile_for_a_tpu():
   import jax.numpy as jnp
   from jax.experimental import topologies
 
-  from ilm_jax.sharding import BATCH_AXES
+  from ilm_jax.runtime.sharding import BATCH_AXES
 
   rows, length = 4, 4096
   topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')

@@ -1,6 +1,6 @@
 """T5: what must not matter (packing, padding, a cache, scanned layers) and what must.
 
-What T5 computes is compared with T5X's own numbers in tests/checkpoints/lm/t5x_test.py, and with
+What T5 computes is compared with T5X's own numbers in tests/lm/t5x_source_test.py, and with
 Hugging Face's in t5_recipes_parity_test.py.
 """
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilm_jax.modules.attention import Cache
 from ilm_jax.modules.layers import Compute
 from ilm_jax.modules.t5 import T5, T5_SIZES, T5Config
 
@@ -42,9 +43,14 @@ class Run(NamedTuple):
 
 @functools.cache
 def _compiled(lm, method):
-  return jax.jit(
+  run = jax.jit(
     lambda params, *args, **kw: lm.apply({'params': params}, *args, **kw, method=method)
   )
+  # What is done with NumPy's arrays is not compiled.
+  return lambda *args, **kwargs: jax.device_get(run(*args, **kwargs))
+
+
+append = jax.jit(Cache.append)
 
 
 @functools.cache
@@ -58,7 +64,7 @@ def run(config, compute=Compute()):
   params = {}
   for path, leaf in flax.traverse_util.flatten_dict(nn.meta.unbox(shapes), sep='/').items():
     fan_in = math.prod(leaf.shape[int('/layers/' in path) : -1]) if 'kernel' in path else 1
-    params[path] = jnp.asarray(rng.normal(size=leaf.shape) / math.sqrt(fan_in), jnp.float32)
+    params[path] = np.asarray(rng.normal(size=leaf.shape) / math.sqrt(fan_in), np.float32)
     if not compute.scan_layers and '/layers/' in path:
       for i, layer in enumerate(params.pop(path)):
         params[path.replace('layers', f'layers_{i}')] = layer
@@ -66,14 +72,15 @@ def run(config, compute=Compute()):
 
 
 def random_tokens(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).integers(1, BOTH.vocab_size, shape))
+  return np.random.default_rng(seed).integers(1, BOTH.vocab_size, shape).astype(np.int32)
 
 
 def assert_close(got, expected):
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize('config', [BOTH, OWN_BIAS, ALONE])
+# An encoder and what all layers share are in one of the others each.
+@pytest.mark.parametrize('config', [pytest.param(BOTH, marks=pytest.mark.slow), OWN_BIAS, ALONE])
 def test_scanned_layers_are_layers(config):
   encoder_tokens = random_tokens(2, 9, seed=1) if config.num_encoder_layers else None
   logits = [
@@ -101,16 +108,16 @@ def test_rematerialised_gradients_are_the_gradients():
 
 def packed(*rows):
   """Rows in one, with three places of padding: tokens, positions, segment ids, [1, T]."""
-  tokens = jnp.concatenate([*rows, jnp.full(3, 7)])
-  positions = jnp.concatenate([*(jnp.arange(len(row)) for row in rows), jnp.arange(3)])
-  segment_ids = [jnp.full(len(row), i + 1) for i, row in enumerate(rows)]
-  return tokens[None], positions[None], jnp.concatenate([*segment_ids, jnp.zeros(3, int)])[None]
+  tokens = np.concatenate([*rows, np.full(3, 7)])
+  positions = np.concatenate([*(np.arange(len(row)) for row in rows), np.arange(3)])
+  segment_ids = [np.full(len(row), i + 1) for i, row in enumerate(rows)]
+  return tokens[None], positions[None], np.concatenate([*segment_ids, np.zeros(3, int)])[None]
 
 
 def padded(row):
   """[1, 16] tokens and segment ids: one shape, compiled once."""
   there = np.arange(16) < len(row)
-  return jnp.zeros((1, 16), jnp.int32).at[0, : len(row)].set(row), jnp.asarray(there, int)[None]
+  return np.pad(row, (0, 16 - len(row)))[None], there.astype(int)[None]
 
 
 def test_packed_rows_are_as_if_alone():
@@ -136,16 +143,16 @@ def test_packed_rows_are_as_if_alone():
 def test_packed_rows_of_a_decoder_with_prefixes_are_as_if_alone():
   lm = run(ALONE)
   rows = [random_tokens(n, seed=n) for n in (6, 15)]
-  prefixes = [jnp.arange(len(row)) < 4 for row in rows]
+  prefixes = [np.arange(len(row)) < 4 for row in rows]
   tokens, positions, segment_ids = packed(*rows)
-  prefix_mask = jnp.concatenate([*prefixes, jnp.zeros(3, bool)])[None]
+  prefix_mask = np.concatenate([*prefixes, np.zeros(3, bool)])[None]
   hidden, _ = lm(lm.embed_tokens(tokens), positions, segment_ids, prefix_mask=prefix_mask)
   hidden = hidden[0]
   for start, row in zip([0, 6], rows):
     tokens, there = padded(row)
     embeddings = lm.embed_tokens(tokens)
     alone, plain = (
-      lm(embeddings, segment_ids=there, prefix_mask=(jnp.arange(16) < n)[None])[0][0, : len(row)]
+      lm(embeddings, segment_ids=there, prefix_mask=(np.arange(16) < n)[None])[0][0, : len(row)]
       for n in (4, 0)
     )
     assert_close(hidden[start : start + len(row)], alone)
@@ -154,48 +161,50 @@ def test_packed_rows_of_a_decoder_with_prefixes_are_as_if_alone():
 
 def test_what_stands_in_padding_does_not_matter():
   lm, lengths = run(BOTH), np.array([8, 3])
-  there = jnp.asarray(np.arange(8) < lengths[:, None], jnp.int32)
+  there = np.asarray(np.arange(8) < lengths[:, None], np.int32)
   inputs, targets = random_tokens(2, 8, seed=1), random_tokens(2, 8, seed=2)
   kwargs = dict(segment_ids=there, encoder_segment_ids=there)
   logits = lm.logits_of(targets, inputs, **kwargs)
-  other = lm.logits_of(
-    jnp.where(there == 1, targets, 5), jnp.where(there == 1, inputs, 6), **kwargs
-  )
+  other = lm.logits_of(np.where(there == 1, targets, 5), np.where(there == 1, inputs, 6), **kwargs)
   assert_close(logits[there == 1], other[there == 1])
   assert_close(logits[1, :3], lm.logits_of(targets[1:, :3], inputs[1:, :3])[0])
 
 
-@pytest.mark.parametrize('scan', [True, False])
+# (Texts of both with and without scanned layers are generated in sampling_test.py.)
+SCAN = [True, pytest.param(False, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize('scan', SCAN)
 def test_a_cache_changes_nothing(scan):
   """Prompts of 6 and 4 tokens, then token by token."""
   lm = run(ALONE, Compute(scan_layers=scan))
   tokens, lengths = random_tokens(2, 12), np.array([6, 4])
-  expected = [lm.logits_of(tokens[i : i + 1, : n + 4])[0] for i, n in enumerate(lengths)]
-  there = jnp.asarray(np.arange(6) < lengths[:, None], jnp.int32)
-  positions = jnp.broadcast_to(jnp.arange(6), (2, 6))
+  expected = lm.logits_of(tokens)
+  there = np.asarray(np.arange(6) < lengths[:, None], np.int32)
+  positions = np.broadcast_to(np.arange(6), (2, 6))
   hidden, new = lm(lm.embed_tokens(tokens[:, :6]), positions, there)
-  cache = lm.lm.init_cache(2, 12).append(new)
+  cache = append(lm.lm.init_cache(2, 12), new)
   for row, n in enumerate(lengths):
     assert_close(lm.logits(hidden)[row, :n], expected[row][:n])
   for step in range(4):
-    at = jnp.asarray(lengths + step)[:, None]
-    token = jnp.take_along_axis(tokens, at, axis=1)
+    at = np.asarray(lengths + step)[:, None]
+    token = np.take_along_axis(tokens, at, axis=1)
     hidden, new = lm(lm.embed_tokens(token), at, cache=cache)
-    cache = cache.append(new)
+    cache = append(cache, new)
     for row, n in enumerate(lengths + step):
       assert_close(lm.logits(hidden)[row, 0], expected[row][n])
 
 
-@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize('scan', SCAN)
 def test_decoding_with_caches_changes_nothing(scan):
   lm = run(OWN_BIAS, Compute(scan_layers=scan))
   inputs, targets = random_tokens(2, 9, seed=1), random_tokens(2, 7, seed=2)
-  there = jnp.asarray(np.arange(9) < np.array([[9], [5]]), jnp.int32)
+  there = np.asarray(np.arange(9) < np.array([[9], [5]]), np.int32)
   expected = lm.logits_of(targets, inputs, encoder_segment_ids=there)
   encoded = lm.encode(lm.embed_tokens(inputs), segment_ids=there)
   source, cache = lm.cross_cache(encoded), lm.lm.init_cache(2, 8)
   for step in range(7):
-    at = jnp.full((2, 1), step)
+    at = np.full((2, 1), step)
     hidden, new = lm.decode(
       lm.embed_tokens(targets[:, step : step + 1]),
       source,
@@ -203,7 +212,7 @@ def test_decoding_with_caches_changes_nothing(scan):
       encoder_segment_ids=there,
       cache=cache,
     )
-    cache = cache.append(new)
+    cache = append(cache, new)
     assert_close(lm.logits(hidden)[:, 0], expected[:, step])
 
 
@@ -212,18 +221,18 @@ def test_many_rows_share_an_encoded_text_and_a_beginning():
   lm = run(BOTH)
   text, beginning = random_tokens(1, 9, seed=1), random_tokens(1, 3, seed=2)
   ends = random_tokens(4, 2, seed=3)
-  rows = jnp.concatenate([jnp.repeat(beginning, 4, 0), ends], axis=1)
-  expected = lm.logits_of(rows, jnp.repeat(text, 4, 0))[:, 3:]
+  rows = np.concatenate([np.repeat(beginning, 4, 0), ends], axis=1)
+  expected = lm.logits_of(rows, np.repeat(text, 4, 0))[:, 3:]
   encoded = lm.encode(lm.embed_tokens(text))
   _, new = lm.decode(lm.embed_tokens(beginning), encoded)
-  cache = lm.lm.init_cache(1, 3).append(new)
-  positions = jnp.broadcast_to(jnp.arange(3, 5), (4, 2))
+  cache = append(lm.lm.init_cache(1, 3), new)
+  positions = np.broadcast_to(np.arange(3, 5), (4, 2))
   source = lm.cross_cache(encoded)
   hidden, _ = lm.decode(lm.embed_tokens(ends), source, positions=positions, cache=cache)
   assert_close(lm.logits(hidden), expected)
   # All continuations in one row: [0, a, a', b, b', ...] with a mask in place of segments.
-  same = jnp.arange(8) // 2 == (jnp.arange(8) // 2)[:, None]
-  mask = (same & (jnp.arange(8) <= jnp.arange(8)[:, None]))[None]
+  same = np.arange(8) // 2 == (np.arange(8) // 2)[:, None]
+  mask = (same & (np.arange(8) <= np.arange(8)[:, None]))[None]
   hidden, _ = lm.decode(
     lm.embed_tokens(ends.reshape(1, 8)),
     encoded,
@@ -237,8 +246,8 @@ def test_many_rows_share_an_encoded_text_and_a_beginning():
 def test_logits_at_places():
   lm = run(ALONE)
   hidden, _ = lm(lm.embed_tokens(random_tokens(2, 5)))
-  at = jnp.array([[1, 4], [0, 2]])
-  expected = jnp.stack([lm.logits(hidden)[i, at[i]] for i in range(2)])
+  at = np.array([[1, 4], [0, 2]])
+  expected = np.stack([lm.logits(hidden)[i, at[i]] for i in range(2)])
   assert_close(lm.logits_at(hidden, at), expected)
 
 

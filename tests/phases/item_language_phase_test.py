@@ -12,28 +12,24 @@ from flax import linen as nn
 from ilm_jax import train as train_module
 from ilm_jax.checkpoints.manager import read_identity, restore_params
 from ilm_jax.errors import UsageError
-from ilm_jax.metric_log import read_jsonl
 from ilm_jax.phases.item_language import ItemLanguagePhase
 from ilm_jax.phases.item_language_options import LmOptions, lm_compute
 from ilm_jax.phases.phase import InputOptions
 from ilm_jax.phases.settings import PhaseSettings, restore_phase
-from ilm_jax.sharding import DEFAULT_RULES, abstract_init, make_mesh, place_constants, use_mesh
+from ilm_jax.runtime.metric_log import read_jsonl
+from ilm_jax.runtime.sharding import (
+  DEFAULT_RULES,
+  abstract_init,
+  make_mesh,
+  place_constants,
+  use_mesh,
+)
 from ilm_jax.train import train
-from tests import tiny_run
-from tests.tiny_run import D_CF, D_MODEL
+from tests.support import tiny_run
+from tests.support.tiny_run import D_CF, D_MODEL
 
 TASK = 'sequential_seen_title'
-TEXT = {
-  'templates': 'templates_films.txt',
-  'prefix': 'Films.\n',
-  'history_length': 4,
-  'sequence_length': 8,
-  'max_text_tokens': 12,
-  'max_inputs': 64,
-  'max_targets': 32,
-  'max_entities': 12,
-  'eval_examples': 8,
-}
+TEXT = {**tiny_run.TEXT, 'eval_examples': 8}
 LM_SIZE = 400 * D_MODEL + D_MODEL + 2 * (4 * D_MODEL**2 + 3 * D_MODEL * 48 + 2 * D_MODEL)
 
 

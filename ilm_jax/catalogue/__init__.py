@@ -1,0 +1,1 @@
+"""The catalogue's titles, and the trie of their tokens."""

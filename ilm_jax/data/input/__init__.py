@@ -1,0 +1,1 @@
+"""From SeqIO tasks to batches that are a function of seed and step."""

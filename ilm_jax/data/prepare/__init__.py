@@ -1,0 +1,1 @@
+"""From interactions and texts of others to a prepared data set."""

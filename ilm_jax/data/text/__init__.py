@@ -1,0 +1,1 @@
+"""From entities and templates to tokens."""

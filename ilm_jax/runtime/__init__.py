@@ -1,0 +1,1 @@
+"""What any long program needs: devices, processes, progress, curves, whole directories."""

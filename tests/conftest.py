@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+# What is equal is equal in float32: tests do not depend on what a CPU is fast at.
+os.environ.setdefault('ILM_CPU_BFLOAT16', '0')
 # Before anything imports TensorFlow or NumPy's BLAS.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
@@ -169,10 +171,12 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def model(run):
-  """The run as a Recommender."""
+  """The run as a Recommender, in float32."""
   from ilm_jax.serving.recommender import Recommender
 
-  return Recommender.load(run)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('ILM_CPU_BFLOAT16', '0')
+    return Recommender.load(run)
 
 
 @pytest.fixture(scope='module')

@@ -7,12 +7,15 @@ instructions for it. On others, float32 is faster.
 
 import functools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from ilm_jax.errors import UsageError
 
 _X86_BFLOAT16 = frozenset({'avx512_bf16', 'amx_bf16'})
 
@@ -24,10 +27,21 @@ def multiplies_bfloat16(platform: str | None = None) -> bool:
   bfloat16 made training steps and beams 1.4 times as long (docs/performance.md). Arm's CPUs have
   not been measured, and count as such.
 
+  The environment's ILM_CPU_BFLOAT16=0 or 1 decides for CPUs instead: hosts of different kinds that
+  train one model need one precision.
+
   Args:
     platform: 'cpu', 'gpu' or 'tpu'; by default where JAX runs.
+
+  Raises:
+    UsageError: ILM_CPU_BFLOAT16 is neither 0 nor 1.
   """
-  return (platform or jax.default_backend()) != 'cpu' or bool(_X86_BFLOAT16 & cpu_flags())
+  if (platform or jax.default_backend()) != 'cpu':
+    return True
+  given = os.environ.get('ILM_CPU_BFLOAT16', '')
+  if given not in ('', '0', '1'):
+    raise UsageError(f'ILM_CPU_BFLOAT16={given!r}: 0 (float32) or 1 (bfloat16 products).')
+  return given == '1' if given else bool(_X86_BFLOAT16 & cpu_flags())
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ilm_jax.errors import UsageError
 from ilm_jax.lm.load import default_compute
 from ilm_jax.modules import precision
 from ilm_jax.modules.layers import Compute, Embedder
@@ -89,6 +90,7 @@ def test_bfloat16_is_taken_where_the_cpu_has_it(cpuinfo, expected, tmp_path, mon
     file.write_text(cpuinfo)
   flags = precision.cpu_flags(file)
   monkeypatch.setattr(precision, 'cpu_flags', lambda: flags)
+  monkeypatch.delenv('ILM_CPU_BFLOAT16')
   assert multiplies_bfloat16('cpu') is expected
   assert multiplies_bfloat16('tpu')
   assert multiplies_bfloat16('gpu')
@@ -99,3 +101,16 @@ def test_bfloat16_is_taken_where_the_cpu_has_it(cpuinfo, expected, tmp_path, mon
   assert qformer_config({'bf16_matmul': None}, 'cpu').bf16_matmul is expected
   assert qformer_config({'bf16_matmul': None}, 'tpu').bf16_matmul
   assert qformer_config({'bf16_matmul': not expected}, 'cpu').bf16_matmul is not expected
+
+
+@pytest.mark.parametrize('given', [False, True])
+def test_the_environment_decides_for_cpus(given, monkeypatch):
+  monkeypatch.setenv('ILM_CPU_BFLOAT16', str(int(given)))
+  assert multiplies_bfloat16('cpu') is given
+  assert multiplies_bfloat16('tpu')
+
+
+def test_what_the_environment_may_say(monkeypatch):
+  monkeypatch.setenv('ILM_CPU_BFLOAT16', 'yes')
+  with pytest.raises(UsageError, match='ILM_CPU_BFLOAT16=.yes.: 0 .* or 1'):
+    multiplies_bfloat16('cpu')

@@ -112,5 +112,5 @@ def test_the_environment_decides_for_cpus(given, monkeypatch):
 
 def test_what_the_environment_may_say(monkeypatch):
   monkeypatch.setenv('ILM_CPU_BFLOAT16', 'yes')
-  with pytest.raises(UsageError, match='ILM_CPU_BFLOAT16=.yes.: 0 .* or 1'):
+  with pytest.raises(UsageError, match=r'ILM_CPU_BFLOAT16=.yes.: 0 .* or 1'):
     multiplies_bfloat16('cpu')
